@@ -1,0 +1,99 @@
+"""Measure what a federated-learning update reveals about the images behind it.
+
+The package is one straight pipe, and each step is one call::
+
+    import gradinv_helpers as gi
+
+    images = gi.load_images("photos", split="test")
+    model = gi.build_model("lenet", in_channels=3, image_size=32, num_classes=10)
+    update = gi.local_update(model, images[[0]])
+    reconstruction = gi.invert(update)
+    print(gi.score(reconstruction, images[[0]]))
+
+Names are loaded when they are first used, so that importing the package is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gradinv_helpers import plots as plots
+    from gradinv_helpers import widgets as widgets
+    from gradinv_helpers.attacks.invert import Reconstruction as Reconstruction
+    from gradinv_helpers.attacks.invert import Step as Step
+    from gradinv_helpers.attacks.invert import TrialReport as TrialReport
+    from gradinv_helpers.attacks.invert import invert as invert
+    from gradinv_helpers.attacks.invert import invert_clients as invert_clients
+    from gradinv_helpers.attacks.labels import infer_labels as infer_labels
+    from gradinv_helpers.checkpoints import load_checkpoint as load_checkpoint
+    from gradinv_helpers.checkpoints import save_checkpoint as save_checkpoint
+    from gradinv_helpers.classifier import Classifier as Classifier
+    from gradinv_helpers.classifier import accuracy as accuracy
+    from gradinv_helpers.classifier import train_classifier as train_classifier
+    from gradinv_helpers.config import Settings as Settings
+    from gradinv_helpers.config import load_config as load_config
+    from gradinv_helpers.data import Images as Images
+    from gradinv_helpers.data import load_images as load_images
+    from gradinv_helpers.defences import GaussianNoise as GaussianNoise
+    from gradinv_helpers.defences import defend as defend
+    from gradinv_helpers.errors import InputError as InputError
+    from gradinv_helpers.federated.aggregation import aggregate as aggregate
+    from gradinv_helpers.federated.aggregation import apply_update as apply_update
+    from gradinv_helpers.federated.aggregation import normalize as normalize
+    from gradinv_helpers.metrics import LeakageScore as LeakageScore
+    from gradinv_helpers.metrics import score as score
+    from gradinv_helpers.models import build_model as build_model
+    from gradinv_helpers.partition import Client as Client
+    from gradinv_helpers.partition import partition as partition
+    from gradinv_helpers.updates import LocalTraining as LocalTraining
+    from gradinv_helpers.updates import SharedUpdate as SharedUpdate
+    from gradinv_helpers.updates import local_update as local_update
+
+_HOMES = {
+    "data": ("Images", "load_images"),
+    "partition": ("Client", "partition"),
+    "models": ("build_model",),
+    "classifier": ("Classifier", "accuracy", "train_classifier"),
+    "checkpoints": ("load_checkpoint", "save_checkpoint"),
+    "updates": ("LocalTraining", "SharedUpdate", "local_update"),
+    "defences": ("GaussianNoise", "defend"),
+    "federated.aggregation": ("aggregate", "apply_update", "normalize"),
+    "attacks.labels": ("infer_labels",),
+    "attacks.invert": (
+        "Reconstruction",
+        "Step",
+        "TrialReport",
+        "invert",
+        "invert_clients",
+    ),
+    "metrics": ("LeakageScore", "score"),
+    "config": ("Settings", "load_config"),
+    "errors": ("InputError",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_MODULES = ("plots", "widgets")
+
+__all__ = ["__version__", *_HOME_OF, *_MODULES]
+
+try:
+    __version__ = version("gradinv-helpers")
+except PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0.0.0"
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME_OF:
+        home = importlib.import_module(f"gradinv_helpers.{_HOME_OF[name]}")
+        value = getattr(home, name)
+        globals()[name] = value  # also hides the submodule of the same name
+        return value
+    if name in _MODULES:
+        return importlib.import_module(f"gradinv_helpers.{name}")
+    raise AttributeError(f"module 'gradinv_helpers' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

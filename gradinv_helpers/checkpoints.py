@@ -1,0 +1,162 @@
+"""Weights on disk: safetensors, or PyTorch files that are never unpickled as code."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gradinv_helpers.errors import InputError
+from gradinv_helpers.files import expand_home, write_atomically
+from gradinv_helpers.models import build_model
+
+_KEY = "gradinv"
+_FORMATS = (".safetensors", ".pth", ".pt")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The arguments of ``build_model`` that make the architecture of a checkpoint."""
+
+    name: str
+    in_channels: int
+    image_size: int
+    num_classes: int
+
+
+def save_checkpoint(path: str | Path, model: nn.Module, info: ModelInfo) -> Path:
+    """Write a model's weights, whole or not at all; the suffix picks the format.
+
+    Args:
+        path: A file name that ends in ``.safetensors``, ``.pth`` or ``.pt``.
+        model: The model; it is not changed.
+        info: How to build it again.
+
+    Returns:
+        The path written.
+
+    Raises:
+        InputError: Unknown suffix, or a folder that cannot be written to.
+
+    Taught in: notebooks/01_fl_guarantees.
+    """
+    path = check_checkpoint_name(path)
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+
+    def write(temporary: Path) -> None:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import save_file
+
+            save_file(state, temporary, metadata={_KEY: json.dumps(asdict(info))})
+        else:
+            torch.save({"state_dict": state, _KEY: asdict(info)}, temporary)
+
+    return write_atomically(path, write)
+
+
+def load_checkpoint(
+    path: str | Path, *, model: nn.Module | None = None
+) -> tuple[nn.Module, ModelInfo | None]:
+    """Read weights from a file; code in it is refused, never run.
+
+    Args:
+        path: A ``.safetensors`` file, or a ``.pth``/``.pt`` file holding tensors only.
+        model: Where to load a bare state dictionary of your own; not needed for files
+            written by ``save_checkpoint``. It is changed in place.
+
+    Returns:
+        The model in evaluation mode, and how it was built, if the file says so.
+
+    Raises:
+        InputError: The file is missing, damaged, holds code, or does not fit.
+
+    Taught in: notebooks/01_fl_guarantees.
+    """
+    path = check_checkpoint_name(path)
+    if not path.is_file():
+        raise InputError("checkpoint", "an existing file", repr(str(path)))
+    state, about = _read(path)
+    info = None
+    if about is not None:
+        try:
+            info = ModelInfo(**about)
+        except TypeError as error:
+            raise _damaged(path, "its description of the model is not ours") from error
+    if model is None:
+        if info is None:
+            raise InputError(
+                "checkpoint",
+                "a file that says which model it holds",
+                f"{str(path)!r} with bare tensors",
+                "pass model= to load them into a model of your own",
+            )
+        model = build_model(**asdict(info))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise InputError(
+            "checkpoint",
+            "tensors with the names and shapes of the model",
+            f"{str(path)!r} ({lines[min(1, len(lines) - 1)]})",
+        ) from error
+    return model.eval(), info
+
+
+def check_checkpoint_name(path: str | Path) -> Path:
+    """Return the path if its suffix names a known format.
+
+    Raises:
+        InputError: The suffix is unknown.
+    """
+    path = expand_home(path)
+    if path.suffix not in _FORMATS:
+        raise InputError(
+            "checkpoint", f"a file name ending in {', '.join(_FORMATS)}", str(path)
+        )
+    return path
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict | None]:
+    """State dictionary and description of the model, of either format."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(path, framework="pt") as file:
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                about = json.loads((file.metadata() or {}).get(_KEY, "null"))
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            state, about = content, None
+            if isinstance(content, dict) and "state_dict" in content:
+                state, about = content["state_dict"], content.get(_KEY)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            "checkpoint",
+            "a file of tensors only",
+            f"{str(path)!r}, which holds other objects or is damaged",
+            "such a file can run code, so it was not opened; save tensors only",
+        ) from error
+    except Exception as error:  # every way in which a damaged file can fail
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise _damaged(path, reason) from error
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor)
+        for name, value in state.items()
+    ):
+        raise _damaged(path, "it is not a mapping from names to tensors")
+    for name, value in state.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise _damaged(path, f"{name} has NaN or infinite values")
+    if about is not None and not isinstance(about, dict):
+        raise _damaged(path, "its description of the model is not ours")
+    return state, about
+
+
+def _damaged(path: Path, reason: str) -> InputError:
+    return InputError("checkpoint", "an undamaged file", f"{str(path)!r} ({reason})")

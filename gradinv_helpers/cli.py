@@ -1,0 +1,412 @@
+"""The command ``gradinv``: options, progress and exit codes.
+
+Exit codes: 0 done, 2 bad input (one line, no traceback), 130 Ctrl-C, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from gradinv_helpers.config import Settings, load_config
+from gradinv_helpers.data import DATASETS
+from gradinv_helpers.errors import InputError
+
+app = typer.Typer(
+    name="gradinv",
+    add_completion=False,
+    no_args_is_help=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Measure what a federated-learning update reveals about the images behind it.",
+)
+
+Config = Annotated[
+    Optional[str],  # noqa: UP045 - typer reads the annotation at run time
+    typer.Option("--config", help="Settings file.  [default: the nearest config.json]"),
+]
+Dataset = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--dataset", help=f"One of {', '.join(DATASETS)}."),
+]
+DataRoot = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--data-root", help="Folder of downloads, or of your images for 'folder'."
+    ),
+]
+Device = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--device", help="auto, cpu, cuda or mps."),
+]
+Seed = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--seed", help="Seed of the model and of everything random."),
+]
+OutputDir = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--output-dir", help="Folder for all results."),
+]
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command and return its exit code."""
+    import click
+
+    try:
+        command = typer.main.get_command(app)
+        code = command.main(
+            args=arguments or ["--help"], prog_name="gradinv", standalone_mode=False
+        )
+        return int(code or 0)
+    except InputError as error:
+        _say(_with_option(error))
+        return 2
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        _say("interrupted")
+        return 130
+    except click.exceptions.Exit as stop:
+        return int(stop.exit_code)
+    except click.ClickException as error:
+        _say(" ".join(error.format_message().split()))
+        return 2
+
+
+@app.callback()
+def _root() -> None:
+    """Keep sub-commands, also while there is only one."""
+
+
+@app.command(
+    "invert",
+    epilog="Example: gradinv invert --num-clients 3 --reconstruct-mode both",
+)
+def invert_command(
+    num_clients: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--num-clients", help="Clients that send an update."),
+    ] = None,
+    samples_per_client: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--samples-per-client", help="Images of each client."),
+    ] = None,
+    client_indices: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--client-indices",
+            help="Test images to use, client after client, such as 1,5,42,100.",
+        ),
+    ] = None,
+    iterations: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "--iterations", help="Outer steps per restart, up to 20 updates each."
+        ),
+    ] = None,
+    log_every: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--log-every", help="Iterations between two snapshots."),
+    ] = None,
+    reconstruct_mode: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--reconstruct-mode",
+            help="per-client, aggregated (the weighted mean alone) or both.",
+        ),
+    ] = None,
+    restarts: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--restarts", help="Independent random starts per update."),
+    ] = None,
+    dummy_seed: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "--dummy-seed",
+            help="Seed of the dummy starts; client k adds k.  [default: --seed]",
+        ),
+    ] = None,
+    normalize_gradients: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(
+            "--normalize-gradients/--no-normalize-gradients",
+            help="Scale each client's gradient to L2 norm 1 before aggregation.",
+        ),
+    ] = None,
+    tv_weight: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--tv-weight", help="Weight of the total variation."),
+    ] = None,
+    init_scale: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            "--init-scale", help="Standard deviation of the dummy start around grey."
+        ),
+    ] = None,
+    apply_agg_step: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(
+            "--apply-agg-step/--no-apply-agg-step",
+            help="First move the server's model by one aggregated gradient step.",
+        ),
+    ] = None,
+    agg_lr: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--agg-lr", help="Step size of that aggregated step."),
+    ] = None,
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--model", help="lenet, mlp, convnet or resnet18."),
+    ] = None,
+    model_checkpoint: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--model-checkpoint",
+            help="Attack this trained model (from gradinv train-global) instead.",
+        ),
+    ] = None,
+    attack: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--attack", help="auto, dlg or idlg."),
+    ] = None,
+    judge: Annotated[
+        bool,
+        typer.Option(
+            "--judge/--no-judge",
+            help="Train a classifier for class accuracy and feature similarity.",
+        ),
+    ] = True,
+    config: Config = None,
+    dataset: Dataset = None,
+    data_root: DataRoot = None,
+    device: Device = None,
+    seed: Seed = None,
+    output_dir: OutputDir = None,
+) -> None:
+    """Reconstruct images from the gradients that clients send.
+
+    Victims are images of the test split, the first ones unless --client-indices
+    names others. Writes for every client and for the aggregate a picture (truth
+    beside reconstruction), a GIF of the snapshots, the loss and the scores, and a
+    summary.png and run.json for the whole run.
+    """
+    from gradinv_helpers.experiment import InversionOptions, run_inversion
+
+    settings = load_config(config)
+    group = settings.invert
+    common = _common(settings, dataset, data_root, device, seed, "photos")
+    options = InversionOptions(
+        **common,
+        output_dir=_or(output_dir, group.output_dir),
+        num_clients=_or(num_clients, group.num_clients),
+        samples_per_client=_or(samples_per_client, group.samples_per_client),
+        client_indices=_indices(client_indices),
+        iterations=_or(iterations, group.iterations),
+        log_every=_or(log_every, group.log_every),
+        reconstruct_mode=_or(reconstruct_mode, group.reconstruct_mode),
+        restarts=_or(restarts, group.restarts),
+        dummy_seed=_or(dummy_seed, common["seed"]),
+        normalize_gradients=_or(normalize_gradients, group.normalize_gradients),
+        tv_weight=_or(tv_weight, group.tv_weight),
+        init_scale=_or(init_scale, group.init_scale),
+        apply_agg_step=_or(apply_agg_step, group.apply_agg_step),
+        agg_lr=_or(agg_lr, group.agg_lr),
+        model=_or(model, group.model),
+        model_checkpoint=model_checkpoint,
+        attack=_or(attack, group.attack),
+        judge=judge,
+    )
+    with _progress() as (stage, watch):
+        result = run_inversion(options, on_stage=stage, on_step=watch)
+    for name, found in result.scores.items():
+        typer.echo(f"\n{name}\n{found.table()}")
+    typer.echo(f"\nwrote to {Path(options.output_dir)}:")
+    typer.echo("  " + "\n  ".join(path.name for path in result.files))
+    if result.interrupted:
+        _say("interrupted; the best so far was scored and written")
+        raise typer.Exit(130)
+
+
+@app.command(
+    "train-global",
+    epilog="Example: gradinv train-global --dataset digits --epochs 20",
+)
+def train_command(
+    epochs: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--epochs", help="Passes over the training images."),
+    ] = None,
+    batch_size: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--batch-size", help="Images per step."),
+    ] = None,
+    lr: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--lr", help="Largest step size of Adam."),
+    ] = None,
+    output: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--output", help="Checkpoint, .safetensors or .pth, in --output-dir."
+        ),
+    ] = None,
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--model", help="lenet, mlp, convnet or resnet18."),
+    ] = None,
+    config: Config = None,
+    dataset: Dataset = None,
+    data_root: DataRoot = None,
+    device: Device = None,
+    seed: Seed = None,
+    output_dir: OutputDir = None,
+) -> None:
+    """Train the server's model on the train split and save it.
+
+    Writes the checkpoint, and beside it a JSON file with the accuracy on the train
+    and the test split.
+    """
+    from gradinv_helpers.training import TrainingOptions, run_training
+
+    settings = load_config(config)
+    group = settings.train_global
+    options = TrainingOptions(
+        **_common(settings, dataset, data_root, device, seed, "digits"),
+        output=str(Path(_or(output_dir, ".")) / _or(output, group.output)),
+        epochs=_or(epochs, group.epochs),
+        batch_size=_or(batch_size, group.batch_size),
+        lr=_or(lr, group.lr),
+        model=_or(model, group.model),
+    )
+    with _progress_bar("training", options.epochs) as advance:
+        result = run_training(options, on_epoch=lambda report: advance(report.epoch))
+    typer.echo(
+        f"accuracy {result.train_accuracy:.3f} on train, "
+        f"{result.test_accuracy:.3f} on test"
+    )
+    typer.echo("wrote " + " and ".join(str(path) for path in result.files))
+
+
+# --- options --------------------------------------------------------------------
+
+
+def _or(given: Any, default: Any) -> Any:
+    return default if given is None else given
+
+
+def _common(
+    settings: Settings,
+    dataset: str | None,
+    data_root: str | None,
+    device: str | None,
+    seed: int | None,
+    automatic: str,
+) -> dict[str, Any]:
+    """Options that every command takes, from the command line or the settings."""
+    name = _or(dataset, settings.dataset)
+    name = automatic if name == "auto" else name
+    root = _or(data_root, settings.data_root)
+    if name == "folder" and data_root is None and root == Settings().data_root:
+        root = None  # the folder of downloads is no folder of the reader's images
+    return {
+        "dataset": name,
+        "data_root": root,
+        "device": _or(device, settings.device),
+        "seed": _or(seed, settings.seed),
+    }
+
+
+def _indices(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(
+            "client_indices", "integers with commas, such as 1,5,42", repr(text)
+        ) from error
+
+
+# --- what the user sees -----------------------------------------------------------
+
+
+def _say(text: str) -> None:
+    typer.echo(f"gradinv: {text}", err=True)
+
+
+def _with_option(error: InputError) -> str:
+    """The error's line, with the argument spelled as its option."""
+    text = str(error)
+    if error.argument.isidentifier():
+        return text.replace(
+            error.argument, "--" + error.argument.replace("_", "-"), 1
+        )
+    return text
+
+
+@contextmanager
+def _progress_bar(text: str, total: int) -> Iterator[Callable[[float], None]]:
+    """A bar on a terminal, nothing elsewhere; call the result with what is done."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(
+        console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(text, total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+@contextmanager
+def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[Any], None]]]:
+    """A line per stage, and a bar over all restarts of the attack that runs."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("starting", total=None)
+        reached: dict[tuple[int, int], float] = {}
+        losses: dict[int, float] = {}
+
+        def stage(text: str) -> None:
+            reached.clear()
+            losses.clear()
+            console.print(text, highlight=False)
+            bar.update(task, description="", total=None, completed=0)
+
+        def watch(step: Any) -> None:
+            done = 1.0 if step.finished else step.iteration / step.iterations
+            reached[step.client, step.restart] = done
+            losses[step.client] = min(losses.get(step.client, 1e9), step.loss)
+            worst = max(losses.values())
+            bar.update(
+                task,
+                description=f"loss {worst:.1e}",
+                total=len(reached),
+                completed=sum(reached.values()),
+            )
+
+        yield stage, watch
+
+
+if __name__ == "__main__":
+    main()

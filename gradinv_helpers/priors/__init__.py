@@ -1,0 +1,1 @@
+"""What an attacker believes about images before seeing an update."""

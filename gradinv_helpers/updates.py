@@ -1,0 +1,347 @@
+"""What a client computes and what the server sees of it.
+
+``LocalTraining`` is the recipe, ``local_update`` runs it on private images, and
+``SharedUpdate`` is all that leaves the client.
+Taught in: notebooks/01_fl_guarantees.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gradinv_helpers.data import Images
+from gradinv_helpers.errors import (
+    InputError,
+    check_choice,
+    check_count,
+    check_number,
+)
+
+Optimiser = Literal["sgd", "momentum", "adam"]
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """How a client turns its images into one update.
+
+    The default is FedSGD: one gradient of the mean cross-entropy over all images of
+    the client. With ``sends="delta"`` the client trains and sends the change of its
+    weights (FedAvg).
+
+    Args:
+        sends: ``gradient`` or ``delta`` (weights after minus weights before).
+        lr: Learning rate of the local optimiser; public, as in FedAvg.
+        epochs: Passes over the client's images.
+        batch_size: Images per local step; ``None`` takes all of them at once.
+        optimiser: ``sgd``, ``momentum`` (0.9) or ``adam``.
+        weight_decay: L2 penalty of the local optimiser.
+
+    Raises:
+        InputError: A value is out of range, or a gradient is asked of more than one
+            step.
+
+    Source: McMahan et al. (2017), Algorithm 1.
+    Taught in: notebooks/01_fl_guarantees.
+    """
+
+    sends: Literal["gradient", "delta"] = "gradient"
+    lr: float = 0.1
+    epochs: int = 1
+    batch_size: int | None = None
+    optimiser: Optimiser = "sgd"
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_choice("sends", self.sends, ("gradient", "delta"))
+        check_number("lr", self.lr, exclusive=True)
+        check_count("epochs", self.epochs)
+        if self.batch_size is not None:
+            check_count("batch_size", self.batch_size)
+        check_choice("optimiser", self.optimiser, ("sgd", "momentum", "adam"))
+        check_number("weight_decay", self.weight_decay)
+        one_step = self.epochs == 1 and self.batch_size is None
+        if self.sends == "gradient" and not one_step:
+            raise InputError(
+                "LocalTraining",
+                "one epoch and batch_size None for sends='gradient'",
+                f"epochs={self.epochs}, batch_size={self.batch_size}",
+                "several local steps send a weight change: use sends='delta'",
+            )
+
+    def num_steps(self, num_samples: int) -> int:
+        """Number of optimiser steps on ``num_samples`` images."""
+        batch_size = self.batch_size or num_samples
+        return self.epochs * math.ceil(num_samples / batch_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedUpdate:
+    """Exactly what the server sees of one client, or of an aggregate of clients.
+
+    There is no place here for images or labels: the tensors must carry the names and
+    shapes of the model's parameters, everything else is numbers of the protocol, and
+    the object takes no further attributes.
+
+    Args:
+        model: The model before the update, as the server sent it out. A copy is kept.
+        tensors: One tensor for every trainable parameter, same names and shapes.
+        num_samples: Number of images behind the update; FedAvg makes it public.
+        image_shape: Shape (C, H, W) of one input of the model, which all clients
+            must agree on.
+        training: The recipe, which the server prescribes. Its ``sends`` says whether
+            the tensors are a gradient or a weight change.
+        group_sizes: Images of each aggregated client, in order; ``None`` for a
+            single client.
+        normalized: Whether every client scaled its tensors to unit L2 norm.
+        noise_std: Standard deviation of the Gaussian noise that a defence is known
+            to have added to every entry; 0 for none.
+        buffers: Buffers (BatchNorm statistics) after local training, if they are
+            sent.
+
+    Raises:
+        InputError: A tensor is missing, unknown, of a wrong shape, or holds NaN or
+            infinite values; a count or the noise is out of range.
+
+    Source: McMahan et al. (2017), Section 2. Taught in: notebooks/01_fl_guarantees.
+    """
+
+    model: nn.Module
+    tensors: Mapping[str, Tensor]
+    num_samples: int
+    image_shape: tuple[int, int, int]
+    training: LocalTraining = field(default_factory=LocalTraining)
+    group_sizes: tuple[int, ...] | None = None
+    normalized: bool = False
+    noise_std: float = 0.0
+    buffers: Mapping[str, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, nn.Module):
+            raise InputError("model", "a torch.nn.Module", type(self.model).__name__)
+        if not isinstance(self.training, LocalTraining):
+            raise InputError(
+                "training", "a LocalTraining", type(self.training).__name__
+            )
+        check_count("num_samples", self.num_samples)
+        shape = self.image_shape
+        if not isinstance(shape, tuple) or len(shape) != 3:
+            raise InputError("image_shape", "three integers (C, H, W)", repr(shape))
+        for side in shape:
+            check_count("image_shape", side)
+        check_number("noise_std", self.noise_std)
+        if not isinstance(self.normalized, bool):
+            raise InputError("normalized", "True or False", repr(self.normalized))
+        groups = self.group_sizes
+        groups = (self.num_samples,) if groups is None else tuple(groups)
+        for size in groups:
+            check_count("group_sizes", size)
+        if sum(groups) != self.num_samples:
+            raise InputError(
+                "group_sizes",
+                f"counts that add up to num_samples={self.num_samples}",
+                f"{groups} with sum {sum(groups)}",
+            )
+        expected = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        tensors = _checked("tensors", self.tensors, expected)
+        buffers = self.buffers
+        if buffers is not None:
+            buffers = _checked("buffers", buffers, dict(self.model.named_buffers()))
+        model = copy.deepcopy(self.model)
+        for name, value in {
+            "model": model,
+            "tensors": tensors,
+            "group_sizes": groups,
+            "buffers": buffers,
+        }.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def kind(self) -> str:
+        """``gradient`` or ``delta``."""
+        return self.training.sends
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that travel: all sent tensors, uncompressed."""
+        sent = [*self.tensors.values(), *(self.buffers or {}).values()]
+        return sum(t.numel() * t.element_size() for t in sent)
+
+    def gradient(self) -> dict[str, Tensor]:
+        """The mean gradient that the update states, where it states one exactly.
+
+        A gradient is returned as it is. A weight change after a single step of SGD
+        (with or without momentum) gives the gradient back by
+        ``-delta / lr - weight_decay * weights``.
+
+        Raises:
+            InputError: The change comes from several steps or from Adam, so it is
+                not the gradient at any one point.
+        """
+        if self.kind == "gradient":
+            return dict(self.tensors)
+        recipe = self.training
+        steps = max(recipe.num_steps(n) for n in self.group_sizes or ())
+        if steps > 1 or recipe.optimiser == "adam" or self.normalized:
+            what = "normalised change" if self.normalized else "change"
+            raise InputError(
+                "update",
+                "a gradient, or the weight change of one SGD step",
+                f"the {what} of {steps} {recipe.optimiser} steps",
+                "such a change is not the gradient at one point",
+            )
+        weights = dict(self.model.named_parameters())
+        return {
+            name: -delta / recipe.lr - recipe.weight_decay * weights[name].detach()
+            for name, delta in self.tensors.items()
+        }
+
+    def replace_tensors(
+        self, tensors: Mapping[str, Tensor], **changes: object
+    ) -> SharedUpdate:
+        """A copy with other tensors, and further fields changed by name."""
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        return SharedUpdate(**(fields | {"tensors": tensors} | changes))
+
+
+def _checked(
+    argument: str, given: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> Mapping[str, Tensor]:
+    """Detached read-only copies of ``given``, in the order of ``expected``."""
+    if not isinstance(given, Mapping):
+        raise InputError(
+            argument, "a mapping from parameter names to tensors", type(given).__name__
+        )
+    for name in given:
+        if name not in expected:
+            raise InputError(argument, "only names of the model", repr(name))
+    copies = {}
+    for name, reference in expected.items():
+        label = f"{argument}[{name!r}]"
+        tensor = given.get(name)
+        if not isinstance(tensor, Tensor):
+            raise InputError(label, "a tensor", type(tensor).__name__)
+        if tensor.shape != reference.shape:
+            raise InputError(
+                label,
+                f"shape {tuple(reference.shape)} as in the model",
+                tuple(tensor.shape),
+            )
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise InputError(
+                label,
+                "finite numbers",
+                f"{bad} NaN or infinite values of {tensor.numel()}",
+                "the client's training diverged or the file is damaged",
+            )
+        copies[name] = tensor.detach().clone()
+    return MappingProxyType(copies)
+
+
+def local_update(
+    model: nn.Module,
+    images: Images,
+    training: LocalTraining | None = None,
+    *,
+    seed: int | None = None,
+) -> SharedUpdate:
+    """Compute what a client with ``images`` sends to the server.
+
+    Args:
+        model: The model received from the server; it is left as it was.
+        images: The client's private images; pixels (N, C, H, W) in [0, 1].
+        training: The recipe; one full-batch gradient (FedSGD) by default.
+        seed: Shuffles the images before every epoch; ``None`` keeps their order.
+
+    Returns:
+        The update, free of images and labels.
+
+    Raises:
+        InputError: No images, labels outside the model's classes, or training that
+            ends in NaN.
+
+    Source: McMahan et al. (2017), Algorithm 1 (ClientUpdate).
+    Taught in: notebooks/01_fl_guarantees.
+    """
+    training = training or LocalTraining()
+    if len(images) == 0:
+        raise InputError("images", "at least one image", "none")
+    worker = copy.deepcopy(model)
+    trained = {n: p for n, p in worker.named_parameters() if p.requires_grad}
+    if not trained:
+        raise InputError("model", "at least one trainable parameter", "none")
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    first = next(iter(trained.values()))
+    pixels = images.pixels.to(first.device, first.dtype)
+    labels = images.labels.to(first.device)
+
+    if training.sends == "gradient":
+        loss = _cross_entropy(worker, pixels, labels)
+        gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        tensors = {
+            name: torch.zeros_like(p) if g is None else g
+            for (name, p), g in zip(trained.items(), gradients, strict=True)
+        }
+    else:
+        optimiser = _optimiser(training, list(trained.values()))
+        for chosen in _batches(len(images), training, seed):
+            optimiser.zero_grad()
+            _cross_entropy(worker, pixels[chosen], labels[chosen]).backward()
+            optimiser.step()
+        tensors = {n: p.detach() - before[n] for n, p in trained.items()}
+
+    buffers = dict(worker.named_buffers()) if worker.training else {}
+    return SharedUpdate(
+        model=model,
+        tensors=tensors,
+        num_samples=len(images),
+        image_shape=images.shape,
+        training=training,
+        buffers=buffers or None,
+    )
+
+
+def _cross_entropy(model: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
+    logits = model(pixels)
+    if int(labels.max()) >= logits.shape[1]:
+        raise InputError(
+            "images.labels",
+            f"labels below the model's {logits.shape[1]} classes",
+            int(labels.max()),
+        )
+    return F.cross_entropy(logits, labels)
+
+
+def _optimiser(training: LocalTraining, parameters: list[Tensor]):
+    if training.optimiser == "adam":
+        return torch.optim.Adam(
+            parameters, lr=training.lr, weight_decay=training.weight_decay
+        )
+    return torch.optim.SGD(
+        parameters,
+        lr=training.lr,
+        momentum=0.9 if training.optimiser == "momentum" else 0.0,
+        weight_decay=training.weight_decay,
+    )
+
+
+def _batches(
+    num_samples: int, training: LocalTraining, seed: int | None
+) -> Iterator[Tensor]:
+    """Indices of every local step, epoch after epoch."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    batch_size = training.batch_size or num_samples
+    for _ in range(training.epochs):
+        order = torch.arange(num_samples)
+        if generator is not None:
+            order = torch.randperm(num_samples, generator=generator)
+        yield from order.split(batch_size)

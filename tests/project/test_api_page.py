@@ -1,0 +1,17 @@
+"""The page of functions lists what the package offers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import gradinv_helpers as gi
+
+
+def test_api_page_lists_every_public_name(root: Path) -> None:
+    page = (root / "book" / "api.md").read_text("utf-8")
+    listed = set(re.findall(r"\.\. auto(?:function|class|exception):: (\w+)", page))
+    modules = set(re.findall(r"\.\. automodule:: gradinv_helpers\.(\w+)", page))
+    public = {name for name in gi.__all__ if not name.startswith("_")}
+    assert modules >= {"plots", "widgets"}
+    assert public - modules == listed
