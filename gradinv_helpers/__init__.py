@@ -22,6 +22,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gradinv_helpers import plots as plots
     from gradinv_helpers import widgets as widgets
+    from gradinv_helpers.attacks.analytic import (
+        linear_layer_input as linear_layer_input,
+    )
     from gradinv_helpers.attacks.invert import Reconstruction as Reconstruction
     from gradinv_helpers.attacks.invert import Step as Step
     from gradinv_helpers.attacks.invert import TrialReport as TrialReport
@@ -61,6 +64,7 @@ _HOMES = {
     "updates": ("LocalTraining", "SharedUpdate", "local_update"),
     "defences": ("GaussianNoise", "defend"),
     "federated.aggregation": ("aggregate", "apply_update", "normalize"),
+    "attacks.analytic": ("linear_layer_input",),
     "attacks.labels": ("infer_labels",),
     "attacks.invert": (
         "Reconstruction",

@@ -128,7 +128,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict | None]:
             from safetensors import safe_open
 
             with safe_open(path, framework="pt") as file:
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                state = {name: file.get_tensor(name) for name in file.keys()}
                 about = json.loads((file.metadata() or {}).get(_KEY, "null"))
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)

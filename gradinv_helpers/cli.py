@@ -347,9 +347,7 @@ def _with_option(error: InputError) -> str:
     """The error's line, with the argument spelled as its option."""
     text = str(error)
     if error.argument.isidentifier():
-        return text.replace(
-            error.argument, "--" + error.argument.replace("_", "-"), 1
-        )
+        return text.replace(error.argument, "--" + error.argument.replace("_", "-"), 1)
     return text
 
 

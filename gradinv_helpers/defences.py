@@ -60,7 +60,9 @@ class GaussianNoise:
             * torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t.device)
             for name, t in update.tensors.items()
         }
-        return update.replace_tensors(noisy, noise_std=math.hypot(std, update.noise_std))
+        return update.replace_tensors(
+            noisy, noise_std=math.hypot(std, update.noise_std)
+        )
 
 
 def defend(

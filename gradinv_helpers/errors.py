@@ -27,7 +27,7 @@ class InputError(ValueError):
         self.got = got
         self.hint = hint
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return (type(self), (self.argument, self.expected, self.got, self.hint))
 
 
@@ -51,8 +51,7 @@ def check_count(argument: str, value: object, *, minimum: int = 1) -> int:
     Raises:
         InputError: ``value`` is not an integer or is too small.
     """
-    is_integer = isinstance(value, int) and not isinstance(value, bool)
-    if is_integer and value >= minimum:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= minimum:
         return value
     raise InputError(argument, f"an integer of at least {minimum}", repr(value))
 
@@ -71,8 +70,8 @@ def check_number(
             to it where ``exclusive``).
     """
     sign = ">" if exclusive else ">="
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if is_number and minimum <= value < float("inf"):
-        if not (exclusive and value == minimum):
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        large_enough = value > minimum if exclusive else value >= minimum
+        if large_enough and value < float("inf"):
             return float(value)
     raise InputError(argument, f"a finite number {sign} {minimum:g}", repr(value))

@@ -85,7 +85,10 @@ def run_training(
     )
     channels, size, _ = train.shape
     info = ModelInfo(options.model, channels, size, train.num_classes)
-    scores = {name: accuracy(classifier, s) for name, s in zip(("train", "test"), (train, test), strict=True)}
+    scores = {
+        name: accuracy(classifier, s)
+        for name, s in zip(("train", "test"), (train, test), strict=True)
+    }
     checkpoint = save_checkpoint(path, classifier.model, info)
     record = write_json(
         path.with_suffix(".json"),

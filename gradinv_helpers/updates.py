@@ -321,7 +321,9 @@ def _cross_entropy(model: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels)
 
 
-def _optimiser(training: LocalTraining, parameters: list[Tensor]):
+def _optimiser(
+    training: LocalTraining, parameters: list[Tensor]
+) -> torch.optim.Optimizer:
     if training.optimiser == "adam":
         return torch.optim.Adam(
             parameters, lr=training.lr, weight_decay=training.weight_decay

@@ -209,8 +209,12 @@ def width_problems(seen: Visit) -> list[str]:
         """() => {
             const room = document.documentElement.clientWidth;
             if (document.documentElement.scrollWidth <= room + 1) return [];
+            const scrolls = node => node && node !== document.body
+                && (getComputedStyle(node).overflowX !== 'visible'
+                    || scrolls(node.parentElement));
             const wide = [...document.querySelectorAll('main *')]
                 .filter(node => node.getBoundingClientRect().right > room + 1)
+                .filter(node => !scrolls(node.parentElement))
                 .slice(0, 5)
                 .map(node => node.tagName.toLowerCase() + '.' + node.className);
             return ['wider than the window (' + room + ' px): ' + wide.join(', ')];

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -201,7 +202,13 @@ class _Conv:
         return _from_groups(r, trials)
 
     def _backward(
-        self, e: Tensor, a: Tensor, weight: Tensor, groups: int, *, wants_input=False
+        self,
+        e: Tensor,
+        a: Tensor,
+        weight: Tensor,
+        groups: int,
+        *,
+        wants_input: bool = False,
     ) -> Tensor:
         conv = self.layer
         to_input, to_weight, _ = torch.ops.aten.convolution_backward(
@@ -302,7 +309,9 @@ def _chain_layers(model: nn.Module) -> list[_Layer] | None:
     tied = len({id(p) for p in model.parameters()}) != sum(
         len(list(m.parameters(recurse=False))) for m in model.modules()
     )
-    return layers if ends_right and flat_first and not (hooked or frozen or tied) else None
+    return (
+        layers if ends_right and flat_first and not (hooked or frozen or tied) else None
+    )
 
 
 def _chain_layer(module: nn.Module) -> _Layer | None:
@@ -331,7 +340,7 @@ class _ChainMap:
         inputs, extras = [], []  # what each layer saw, and what it must remember
         for layer in self.layers:
             inputs.append(a)
-            extra = None
+            extra: Any = None
             match layer:
                 case _Linear() | _Conv():
                     a = layer.forward(a)
@@ -370,8 +379,8 @@ class _ChainMap:
         cotangents: Gradients,
         trials: int,
         inputs: list[Tensor],
-        extras: list,
-        arriving: list,
+        extras: list[Any],
+        arriving: list[Any],
         p: Tensor,
     ) -> tuple[Tensor, Tensor]:
         # Tangent sweep: move the weights along v and watch every layer's output move.
@@ -389,9 +398,7 @@ class _ChainMap:
                     z_dot = layer.apply_per_trial(a, v)
                     if layer.layer.bias is not None:
                         z_dot = _add_bias(z_dot, next(remaining))
-                    a_dot = (
-                        z_dot if a_dot is None else z_dot.add_(layer.tangent(a_dot))
-                    )
+                    a_dot = z_dot if a_dot is None else z_dot.add_(layer.tangent(a_dot))
                 case _Activation() if a_dot is not None:
                     a_dot = a_dot * extra[0]
                 case _MaxPool() if a_dot is not None:
@@ -407,22 +414,19 @@ class _ChainMap:
         to_targets = (-centred / batch).unflatten(0, (trials, batch))
         mu = p * centred / batch
         for index in reversed(range(len(self.layers))):
-            layer, a, extra = self.layers[index], inputs[index], extras[index]
-            e, a_dot = arriving[index], tangents[index]
-            v = v_weights[index]
-            curvature = None
-            if isinstance(layer, _Activation) and extra[1] is not None:
-                if a_dot is not None:
-                    curvature = extra[1] * a_dot * e
+            layer, extra = self.layers[index], extras[index]
+            a, e, v = inputs[index], arriving[index], v_weights[index]
+            tangent = tangents[index]
             mu = _step_back(layer, mu, a, extra)
-            if v is not None:
+            if isinstance(layer, _Linear | _Conv) and v is not None:
                 mu = mu + layer.transpose_per_trial(e, v, a)
-            if curvature is not None:
-                mu = mu + curvature
+            elif isinstance(layer, _Activation) and tangent is not None:
+                if extra[1] is not None:
+                    mu = mu + extra[1] * tangent * e
         return mu.unflatten(0, (trials, batch)), to_targets
 
 
-def _step_back(layer: _Layer, e: Tensor, a: Tensor, extra) -> Tensor:
+def _step_back(layer: _Layer, e: Tensor, a: Tensor, extra: Any) -> Tensor:
     """Carry a derivative from a layer's output to its input a."""
     match layer:
         case _Linear() | _Conv():

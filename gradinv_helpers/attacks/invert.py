@@ -213,9 +213,15 @@ def invert_clients(
 
     Args:
         updates: Updates of the same model with the same recipe.
+        attack: As for ``invert``, and so are the other arguments but ``labels``.
+        iterations: Outer steps per restart.
+        restarts: Independent random starts per client.
         labels: One entry per client, if the attacker is given them.
-        attack, iterations, restarts, seed, init_scale, tv_weight, log_every,
-            on_step: As for ``invert``.
+        seed: Seed of the first client's starts.
+        init_scale: Standard deviation of the noise around grey at the start.
+        tv_weight: Weight of the total variation.
+        log_every: Iterations between two snapshots.
+        on_step: Called after every iteration of every restart.
 
     Returns:
         One reconstruction per update, in order.
@@ -261,7 +267,11 @@ class _Plan:
     labels: list[Tensor] | None
 
 
-def _plan(updates, attack: str, given) -> _Plan:
+def _plan(
+    updates: Sequence[SharedUpdate],
+    attack: str,
+    given: Sequence[Tensor | Sequence[int]] | None,
+) -> _Plan:
     one = updates[0].num_samples == 1
     if given is not None:
         if len(given) != len(updates):
@@ -288,8 +298,8 @@ def _plan(updates, attack: str, given) -> _Plan:
     return _Plan("dlg", reason, "fitted with the images", None)
 
 
-def _checked_labels(labels, update: SharedUpdate) -> Tensor:
-    labels = torch.as_tensor(labels).reshape(-1).long()
+def _checked_labels(given: Tensor | Sequence[int], update: SharedUpdate) -> Tensor:
+    labels = torch.as_tensor(given).reshape(-1).long()
     if len(labels) != update.num_samples:
         raise InputError(
             "labels", f"{update.num_samples} labels, one per sample", len(labels)
@@ -580,7 +590,9 @@ class _Search:
 
     def _reconstruction(self, client: int, seconds: float) -> Reconstruction:
         """The run of this client with the lowest matching loss."""
-        runs = [run for slot in self.slots if slot.client == client for run in slot.runs]
+        runs = [
+            run for slot in self.slots if slot.client == client for run in slot.runs
+        ]
         finite = [run for run in runs if math.isfinite(run.report.loss)]
         if not finite:
             raise InputError(

@@ -61,7 +61,7 @@ def normalized_groups(gradient_map: GradientMap, sizes: tuple[int, ...]) -> Grad
             unit = [g / _like(norm, g) for g in gradients]
             parts.append((size / total, unit, norm, pullback))
         mean = [
-            sum(weight * unit[i] for weight, unit, _, _ in parts)
+            torch.stack([weight * unit[i] for weight, unit, _, _ in parts]).sum(0)
             for i in range(len(parts[0][1]))
         ]
 

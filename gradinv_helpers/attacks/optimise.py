@@ -44,7 +44,9 @@ class LineSearch:
         self.first_stage = np.ones(trials, dtype=bool)
         self.evaluations = np.zeros(trials, dtype=int)
 
-    def begin(self, who: np.ndarray, f: np.ndarray, d: np.ndarray, step: np.ndarray):
+    def begin(
+        self, who: np.ndarray, f: np.ndarray, d: np.ndarray, step: np.ndarray
+    ) -> None:
         """Start new searches for the trials ``who`` from value f and slope d < 0."""
         self.f0[who], self.d0[who] = f, d
         self.x[who], self.fx[who], self.dx[who] = 0.0, f, d
@@ -84,7 +86,9 @@ class LineSearch:
         failed |= ~done & self.bracketed & (span <= 1e-7 * np.abs(self.y))
         return done, failed
 
-    def _refine(self, who, f, d, allowed) -> None:
+    def _refine(
+        self, who: np.ndarray, f: np.ndarray, d: np.ndarray, allowed: np.ndarray
+    ) -> None:
         slope = _ARMIJO * self.d0[who]
         t = self.step[who]
         self.first_stage[who] &= ~((f <= allowed) & (d >= 0))
@@ -118,7 +122,7 @@ class LineSearch:
         self.width[who] = np.where(bracketed, span, self.width[who])
         self.step[who] = np.clip(new, 1e-20, _MAX_STEP)
 
-    def _limits(self, who, t) -> tuple[np.ndarray, np.ndarray]:
+    def _limits(self, who: np.ndarray, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Smallest and largest step that the next one may take."""
         x, y = self.x[who], self.y[who]
         free_low = t + 1.1 * (t - x)
@@ -128,7 +132,15 @@ class LineSearch:
         return low, np.where(inside, np.maximum(x, y), free_high)
 
 
-def _next_step(ends, t, f, d, bracketed, low, high):
+def _next_step(
+    ends: dict[str, np.ndarray],
+    t: np.ndarray,
+    f: np.ndarray,
+    d: np.ndarray,
+    bracketed: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """The safeguarded cubic or quadratic step of Moré and Thuente (1994), Section 4.
 
     All four cases are computed for every trial and selected afterwards.
@@ -208,9 +220,9 @@ class History:
     def __init__(self, trials: int, size: int, like: Tensor, length: int = _HISTORY):
         self.length = length
         self.pairs = like.new_zeros(trials, 2 * length, size)  # s rows, then y rows
-        wide = {"dtype": torch.float64, "device": like.device}
-        self.sy = torch.zeros(trials, length, length, **wide)  # s_i . y_j
-        self.yy = torch.zeros(trials, length, length, **wide)
+        products = like.new_zeros(trials, length, length, dtype=torch.float64)
+        self.sy = products  # s_i . y_j
+        self.yy = products.clone()  # y_i . y_j
         self.used = torch.zeros(trials, dtype=torch.long, device=like.device)
 
     def keep(self, rows: Tensor) -> None:
@@ -376,14 +388,12 @@ class Minimiser:
         # A search that gave up still keeps a lower point, if it stands on one.
         lower = failed & np.isfinite(f) & (f < self.f)
         accepted = done | lower | begun
-        reasons = {
-            row: "the loss or its gradient is not finite at the start"
-            for row in np.flatnonzero(begun & ~(np.isfinite(f)))
-        }
+        reasons: dict[int, str] = {}
+        for row in np.flatnonzero(begun & ~np.isfinite(f)).tolist():
+            reasons[row] = "the loss is not finite at the start"
         hopeless = failed & ~lower & self.steepest
-        reasons |= {
-            row: "the line search finds no lower point" for row in hopeless.nonzero()[0]
-        }
+        for row in np.flatnonzero(hopeless).tolist():
+            reasons[row] = "the line search finds no lower point"
         # A failed search along a quasi-Newton direction: forget the curvature.
         forget = np.flatnonzero(failed)
         if len(forget):
@@ -400,7 +410,14 @@ class Minimiser:
         self._new_directions(np.flatnonzero(accepted | failed))
         self._retire(reasons)
 
-    def _accept(self, rows, candidate, gradient, f, failed) -> None:
+    def _accept(
+        self,
+        rows: np.ndarray,
+        candidate: Tensor,
+        gradient: Tensor,
+        f: np.ndarray,
+        failed: np.ndarray,
+    ) -> None:
         if len(rows) == 0:
             return
         index = torch.as_tensor(rows, device=self.x.device)
@@ -413,8 +430,10 @@ class Minimiser:
         for row in rows:
             self.states[self.trials[row]].updates += 1
 
-    def _report(self, rows, begun, reasons) -> None:
-        for row in rows:
+    def _report(
+        self, rows: np.ndarray, begun: np.ndarray, reasons: dict[int, str]
+    ) -> None:
+        for row in rows.tolist():
             state = self.states[self.trials[row]]
             state.loss = float(self.f[row])
             if not begun[row] and state.updates % UPDATES_PER_ITERATION:
@@ -426,7 +445,7 @@ class Minimiser:
                 if reason:
                     reasons[row] = reason
 
-    def _new_directions(self, rows) -> None:
+    def _new_directions(self, rows: np.ndarray) -> None:
         if len(rows) == 0:
             return
         index = torch.as_tensor(rows, device=self.x.device)
@@ -449,7 +468,7 @@ class Minimiser:
         self.steepest[rows] = first.cpu().numpy()
         self.search.begin(rows, self.f[rows], slopes[index].cpu().numpy(), step)
 
-    def _retire(self, reasons) -> None:
+    def _retire(self, reasons: dict[int, str]) -> None:
         """Replace stopped trials by new starts, or drop them from the batch."""
         leaving = []
         for row in sorted(reasons):
@@ -470,7 +489,7 @@ class Minimiser:
         if leaving:
             self._drop(np.array(leaving))
 
-    def _drop(self, leaving) -> None:
+    def _drop(self, leaving: np.ndarray) -> None:
         rows = np.setdiff1d(np.arange(len(self.trials)), leaving)
         index = torch.as_tensor(rows, device=self.x.device)
         self.x, self.g = self.x[index], self.g[index]

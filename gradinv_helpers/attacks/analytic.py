@@ -1,0 +1,64 @@
+"""Images out of a gradient by algebra alone. Taught in: notebooks/01_fl_guarantees."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gradinv_helpers.errors import InputError
+from gradinv_helpers.updates import SharedUpdate
+
+
+def linear_layer_input(update: SharedUpdate, layer: str | None = None) -> Tensor:
+    r"""Compute what a linear layer with a bias was fed, in closed form.
+
+    For one sample, :math:`\partial L/\partial W = \delta\, x^\top` and
+    :math:`\partial L/\partial b = \delta`, so every row i with a non-zero bias
+    gradient gives :math:`x = (\partial L/\partial W)_i / (\partial L/\partial b)_i`.
+    All rows together give the least-squares answer
+    :math:`x = (\partial L/\partial W)^\top \delta / \|\delta\|^2`.
+
+    For n samples the same formula returns a weighted sum of their inputs; where only
+    one sample feeds a unit, its row alone still gives that sample.
+
+    Args:
+        update: A gradient, or the weight change of one SGD step.
+        layer: Name of the ``torch.nn.Linear`` in the model; the first one with a bias
+            where ``None``.
+
+    Returns:
+        The layer's input, shape (in_features,). For the first layer of an MLP these
+        are the pixels.
+
+    Raises:
+        InputError: There is no such layer, or its bias gradient is zero.
+
+    Source: Phong et al. (2018), Section 3; Geiping et al. (2020), Proposition 3.1.
+    Taught in: notebooks/01_fl_guarantees.
+    """
+    modules = dict(update.model.named_modules())
+    found = [
+        name
+        for name, module in modules.items()
+        if isinstance(module, torch.nn.Linear) and module.bias is not None
+    ]
+    if layer is None and found:
+        layer = found[0]
+    if layer not in found:
+        raise InputError(
+            "layer",
+            "a torch.nn.Linear with a bias: " + (", ".join(found) or "there is none"),
+            repr(layer),
+        )
+    prefix = f"{layer}." if layer else ""
+    gradient = dict(update.tensors) if update.normalized else update.gradient()
+    weight, bias = gradient[f"{prefix}weight"], gradient[f"{prefix}bias"]
+    size = bias.square().sum()
+    if float(size) == 0:
+        raise InputError(
+            "update",
+            f"a non-zero bias gradient in layer {layer!r}",
+            "all zeros",
+            "no unit of this layer was active; try another layer",
+        )
+    return weight.T @ bias / size
