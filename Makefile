@@ -20,10 +20,10 @@ BOOK_SOURCES := config.json pyproject.toml $(wildcard notebooks/*) \
 .PHONY: help book test check demo lab stamp linkcheck clean
 
 help: ## Show this list
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 $(INSTALLED): pyproject.toml
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@echo "Installing the package with everything into $(VENV) (takes minutes)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[all]"
 	@touch $@

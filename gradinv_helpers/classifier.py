@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gradinv_helpers.compute import cpu_threads
-from gradinv_helpers.errors import InputError, check_count, check_number
+from gradinv_helpers.errors import InputError, check_count, check_number, check_seed
 from gradinv_helpers.models import build_model
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def train_classifier(
     check_count("epochs", epochs)
     check_count("batch_size", batch_size)
     check_number("lr", lr, exclusive=True)
-    check_count("seed", seed, minimum=0)
+    check_seed("seed", seed)
     pixels, labels = images.pixels.to(device), images.labels.to(device)
     if not len(pixels):
         raise InputError("images", "at least one image", 0)

@@ -45,15 +45,28 @@ def check_choice(argument: str, value: object, choices: Iterable[str]) -> str:
     raise InputError(argument, "one of " + ", ".join(known), repr(value), hint)
 
 
-def check_count(argument: str, value: object, *, minimum: int = 1) -> int:
-    """Return ``value`` if it is an integer of at least ``minimum``.
+def check_count(
+    argument: str, value: object, *, minimum: int = 1, maximum: int | None = None
+) -> int:
+    """Return ``value`` if it is an integer from ``minimum`` to ``maximum``.
 
     Raises:
-        InputError: ``value`` is not an integer or is too small.
+        InputError: ``value`` is not an integer, or is too small or too large.
     """
-    if isinstance(value, int) and not isinstance(value, bool) and value >= minimum:
-        return value
-    raise InputError(argument, f"an integer of at least {minimum}", repr(value))
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise InputError(argument, f"an integer of at least {minimum}", repr(value))
+    if maximum is not None and value > maximum:
+        raise InputError(argument, f"an integer of at most {maximum}", repr(value))
+    return value
+
+
+def check_seed(argument: str, value: object) -> int:
+    """Return ``value`` if every random generator takes it as a seed.
+
+    Raises:
+        InputError: ``value`` is not an integer from 0 to 2**32 - 1.
+    """
+    return check_count(argument, value, minimum=0, maximum=2**32 - 1)
 
 
 def check_number(

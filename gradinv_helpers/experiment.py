@@ -34,6 +34,7 @@ from gradinv_helpers.errors import (
     check_choice,
     check_count,
     check_number,
+    check_seed,
 )
 from gradinv_helpers.federated.aggregation import aggregate, apply_update, normalize
 from gradinv_helpers.files import prepare_folder, write_bytes, write_json
@@ -86,8 +87,8 @@ class InversionOptions:
             "restarts",
         ):
             check_count(name, getattr(self, name))
-        check_count("seed", self.seed, minimum=0)
-        check_count("dummy_seed", self.dummy_seed, minimum=0)
+        check_seed("seed", self.seed)
+        check_seed("dummy_seed", self.dummy_seed)
         check_number("tv_weight", self.tv_weight)
         check_number("init_scale", self.init_scale)
         check_number("agg_lr", self.agg_lr, exclusive=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from gradinv_helpers.errors import InputError, check_choice, check_count
+from gradinv_helpers.errors import InputError, check_choice, check_count, check_seed
 
 
 def _lenet(in_channels: int, image_size: int, num_classes: int) -> nn.Module:
@@ -122,7 +122,7 @@ def build_model(
     check_count("in_channels", in_channels)
     check_count("image_size", image_size)
     check_count("num_classes", num_classes, minimum=2)
-    check_count("seed", seed, minimum=0)
+    check_seed("seed", seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return builder(in_channels, image_size, num_classes).eval()

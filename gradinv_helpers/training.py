@@ -14,7 +14,7 @@ from gradinv_helpers.checkpoints import (
 from gradinv_helpers.classifier import EpochReport, accuracy, train_classifier
 from gradinv_helpers.compute import resolve_device
 from gradinv_helpers.data import load_images
-from gradinv_helpers.errors import check_choice, check_count, check_number
+from gradinv_helpers.errors import check_choice, check_count, check_number, check_seed
 from gradinv_helpers.experiment import versions
 from gradinv_helpers.files import prepare_folder, write_json
 from gradinv_helpers.models import MODELS
@@ -41,7 +41,7 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         check_count("epochs", self.epochs)
         check_count("batch_size", self.batch_size)
-        check_count("seed", self.seed, minimum=0)
+        check_seed("seed", self.seed)
         check_number("lr", self.lr, exclusive=True)
         check_choice("model", self.model, MODELS)
         resolve_device(self.device)

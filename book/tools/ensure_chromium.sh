@@ -11,14 +11,19 @@ for name in chromium chromium-browser google-chrome; do
     fi
 done
 
-as_root=()
-if [ "$(id -u)" -ne 0 ]; then
-    as_root=(sudo -n)
-fi
-if command -v apt-get >/dev/null && "${as_root[@]}" true 2>/dev/null; then
+as_root() {
+    if [ "$(id -u)" -eq 0 ]; then
+        "$@"
+    else
+        sudo -n "$@"
+    fi
+}
+
+if command -v apt-get >/dev/null && as_root true 2>/dev/null; then
+    echo "Installing Chromium for the tests of the book"
     log=$(mktemp)
-    if "${as_root[@]}" apt-get update >"$log" 2>&1 &&
-        "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
+    if as_root apt-get update >"$log" 2>&1 &&
+        as_root env DEBIAN_FRONTEND=noninteractive \
             apt-get install -y --no-install-recommends chromium >>"$log" 2>&1; then
         exit 0
     fi

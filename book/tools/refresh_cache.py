@@ -26,7 +26,8 @@ def sources(root: Path) -> Iterator[Path]:
     yield from (root / "pyproject.toml", root / "config.json")
     for folder in ("gradinv_helpers", "notebooks"):
         for path in sorted((root / folder).rglob("*")):
-            hidden = any(part.startswith((".", "__pycache__")) for part in path.parts)
+            inner = path.relative_to(root).parts
+            hidden = any(part.startswith((".", "__pycache__")) for part in inner)
             if path.is_file() and path.suffix != ".ipynb" and not hidden:
                 yield path
 

@@ -393,9 +393,9 @@ class _ChainMap:
             v_weights.append(None)
             match layer:
                 case _Linear() | _Conv():
-                    v = next(remaining)
-                    v_weights[-1] = v
-                    z_dot = layer.apply_per_trial(a, v)
+                    along = next(remaining)
+                    v_weights[-1] = along
+                    z_dot = layer.apply_per_trial(a, along)
                     if layer.layer.bias is not None:
                         z_dot = _add_bias(z_dot, next(remaining))
                     a_dot = z_dot if a_dot is None else z_dot.add_(layer.tangent(a_dot))

@@ -28,6 +28,7 @@ from gradinv_helpers.errors import (
     check_choice,
     check_count,
     check_number,
+    check_seed,
 )
 from gradinv_helpers.federated.aggregation import check_same_round
 from gradinv_helpers.priors.smoothness import total_variation
@@ -234,7 +235,7 @@ def invert_clients(
     check_choice("attack", attack, ATTACKS)
     iterations = check_count("iterations", 200 if iterations is None else iterations)
     restarts = check_count("restarts", 3 if restarts is None else restarts)
-    check_count("seed", seed, minimum=0)
+    check_seed("seed", seed)
     check_count("log_every", log_every)
     check_number("init_scale", init_scale)
     check_number("tv_weight", tv_weight)

@@ -15,13 +15,14 @@ from playwright.sync_api import Browser
 
 @pytest.fixture(scope="session")
 def site(root: Path) -> Path:
-    """Folder of the built pages; they are built when they are missing."""
+    """Folder of the built pages; built here when missing or failed."""
     pages = root / "_build" / "html"
     (root / "_build").mkdir(exist_ok=True)
     # Two test processes must not build at the same time.
     with (root / "_build" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (pages / "index.html").is_file():
+        failed = any((pages / "reports").rglob("*.log"))
+        if failed or not (pages / "index.html").is_file():
             environment = {k: v for k, v in os.environ.items() if k != "MAKEFLAGS"}
             done = subprocess.run(
                 ["make", "book"],

@@ -10,7 +10,8 @@ import refresh_cache
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A small project with a stored notebook result."""
+    """A small project, below a hidden folder, with a stored notebook result."""
+    tmp_path = tmp_path / ".hidden"
     (tmp_path / "gradinv_helpers" / "__pycache__").mkdir(parents=True)
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "gradinv_helpers" / "a.py").write_text("x = 1\n")
