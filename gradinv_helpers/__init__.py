@@ -16,7 +16,9 @@ Names are loaded when they are first used, so that importing the package is quic
 from __future__ import annotations
 
 import importlib
+import sys
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -92,11 +94,22 @@ def __getattr__(name: str) -> object:
     if name in _HOME_OF:
         home = importlib.import_module(f"gradinv_helpers.{_HOME_OF[name]}")
         value = getattr(home, name)
-        globals()[name] = value  # also hides the submodule of the same name
+        globals()[name] = value
         return value
     if name in _MODULES:
         return importlib.import_module(f"gradinv_helpers.{name}")
     raise AttributeError(f"module 'gradinv_helpers' has no attribute {name!r}")
+
+
+class _Package(ModuleType):
+    """Keeps a submodule from hiding the public function of the same name."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOME_OF and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

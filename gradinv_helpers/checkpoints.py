@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 from dataclasses import asdict, dataclass
@@ -94,16 +95,15 @@ def load_checkpoint(
                 f"{str(path)!r} with bare tensors",
                 "pass model= to load them into a model of your own",
             )
+        try:
+            with torch.device("meta"):  # takes no memory, whatever size is stated
+                skeleton = build_model(**asdict(info))
+        except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+            reason = f"its description of the model: {str(error).splitlines()[0]}"
+            raise _damaged(path, reason) from error
+        _fill(skeleton, {name: t.to("meta") for name, t in state.items()}, path)
         model = build_model(**asdict(info))
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        raise InputError(
-            "checkpoint",
-            "tensors with the names and shapes of the model",
-            f"{str(path)!r} ({lines[min(1, len(lines) - 1)]})",
-        ) from error
+    _fill(model, state, path)
     return model.eval(), info
 
 
@@ -156,6 +156,21 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict | None]:
     if about is not None and not isinstance(about, dict):
         raise _damaged(path, "its description of the model is not ours")
     return state, about
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Load all tensors into a model, or leave it as it was."""
+    before = copy.deepcopy(model.state_dict())
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        model.load_state_dict(before)
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise InputError(
+            "checkpoint",
+            "tensors with the names and shapes of the model",
+            f"{str(path)!r} ({lines[min(1, len(lines) - 1)]})",
+        ) from error
 
 
 def _damaged(path: Path, reason: str) -> InputError:

@@ -344,9 +344,14 @@ def _say(text: str) -> None:
 
 
 def _with_option(error: InputError) -> str:
-    """The error's line, with the argument spelled as its option."""
+    """The error's line, with the argument spelled as its option, if it is one."""
     text = str(error)
-    if error.argument.isidentifier():
+    group: Any = typer.main.get_command(app)
+    if any(
+        error.argument == param.name
+        for command in group.commands.values()
+        for param in command.params
+    ):
         return text.replace(error.argument, "--" + error.argument.replace("_", "-"), 1)
     return text
 

@@ -95,7 +95,7 @@ class BookSettings(_Group):
     num_images: Count = Field(
         default=8, description="Images attacked in each experiment"
     )
-    iterations: Count = Field(default=100, description="Outer steps of the optimiser")
+    iterations: Count = Field(default=60, description="Outer steps of the optimiser")
     restarts: Count = Field(default=2, description="Independent starts of each attack")
     epochs: Count = Field(
         default=5, description="Passes over the data when a model trains"
@@ -166,6 +166,8 @@ def load_config(path: str | Path | None = None) -> Settings:
     Raises:
         InputError: The file is missing, is not JSON, or has a key that is unknown,
             double or has a bad value; the line is named.
+
+    Taught in: notebooks/01_fl_guarantees.
     """
     if path is not None:
         file = expand_home(path)

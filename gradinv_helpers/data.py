@@ -79,6 +79,8 @@ class Images:
         >>> images = Images(torch.zeros(2, 1, 4, 4), torch.tensor([0, 1]), ("a", "b"))
         >>> images[1:].shape, len(images), images.num_classes
         ((1, 4, 4), 2, 2)
+
+    Taught in: notebooks/01_fl_guarantees.
     """
 
     pixels: Tensor

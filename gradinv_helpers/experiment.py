@@ -140,7 +140,6 @@ def run_inversion(
             folder cannot be written to.
     """
     begun = time.perf_counter()
-    folder = prepare_folder(options.output_dir)
     pool = load_images(options.dataset, data_root=options.data_root, split="test")
     chosen = choose_victims(options, len(pool))
     clients = [
@@ -148,6 +147,7 @@ def run_inversion(
         for start in range(0, len(chosen), options.samples_per_client)
     ]
     model = _server_model(options, pool)
+    folder = prepare_folder(options.output_dir)
     updates = _updates(options, model, clients)
     judge = None
     if options.judge:

@@ -12,13 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradinv_helpers.data import Images
-from gradinv_helpers.errors import (
-    InputError,
-    check_choice,
-    check_count,
-    check_number,
-    check_seed,
-)
+from gradinv_helpers.errors import InputError, check_choice, check_count, check_number
 from gradinv_helpers.updates import LocalTraining
 
 Scheme = Literal["iid", "dirichlet", "shards"]
@@ -82,7 +76,7 @@ def partition(
     """
     check_choice("scheme", scheme, get_args(Scheme))
     check_count("clients", clients)
-    check_seed("seed", seed)
+    check_count("seed", seed, minimum=0)
     _check_clients(clients, scheme, len(images))
     rng = np.random.default_rng(seed)
     labels = images.labels.cpu().numpy()

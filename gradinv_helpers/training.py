@@ -68,11 +68,11 @@ def run_training(
         InputError: An option does not fit, or the folder cannot be written to.
     """
     path = check_checkpoint_name(options.output)
-    prepare_folder(path.parent, "output")
     train, test = (
         load_images(options.dataset, data_root=options.data_root, split=split)
         for split in ("train", "test")
     )
+    prepare_folder(path.parent, "output")
     classifier = train_classifier(
         train,
         model=options.model,

@@ -155,7 +155,7 @@ class SharedUpdate:
         buffers = self.buffers
         if buffers is not None:
             buffers = _checked("buffers", buffers, dict(self.model.named_buffers()))
-        model = copy.deepcopy(self.model)
+        model = _without_caches(self.model, shape)
         for name, value in {
             "model": model,
             "tensors": tensors,
@@ -204,12 +204,51 @@ class SharedUpdate:
             for name, delta in self.tensors.items()
         }
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # Read-only mappings cannot be pickled; the checks run again on the way back.
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        for name in ("tensors", "buffers"):
+            fields[name] = fields[name] and dict(fields[name])
+        return (_rebuilt, (fields,))
+
     def replace_tensors(
         self, tensors: Mapping[str, Tensor], **changes: object
     ) -> SharedUpdate:
         """A copy with other tensors, and further fields changed by name."""
         fields = {name: getattr(self, name) for name in self.__slots__}
         return SharedUpdate(**(fields | {"tensors": tensors} | changes))
+
+
+def _rebuilt(fields: dict[str, object]) -> SharedUpdate:
+    return SharedUpdate(**fields)  # type: ignore[arg-type]
+
+
+def _without_caches(model: nn.Module, image_shape: tuple[int, ...]) -> nn.Module:
+    """Copy a model without what an earlier forward pass may have left on it.
+
+    Parameters, buffers and constants are kept. Plain attributes that are batches of
+    images, or that belong to a graph of activations, become ``None``.
+    """
+    flat = (math.prod(image_shape),)
+    state = {id(t) for t in (*model.parameters(), *model.buffers())}
+    memo: dict[int, object] = {}  # deepcopy returns what stands here
+
+    def look(value: object) -> None:
+        if isinstance(value, Tensor):
+            is_batch = value.dim() > 1 and value.shape[-1:] == flat
+            is_batch |= tuple(value.shape[-3:]) == image_shape
+            if (is_batch or not value.is_leaf) and id(value) not in state:
+                memo[id(value)] = None
+        elif isinstance(value, Mapping):
+            look(list(value.values()))
+        elif isinstance(value, list | tuple | set):
+            for entry in value:
+                look(entry)
+
+    for module in model.modules():
+        own = {"_parameters", "_buffers", "_modules"}
+        look([value for name, value in vars(module).items() if name not in own])
+    return copy.deepcopy(model, memo)
 
 
 def _checked(
@@ -275,7 +314,7 @@ def local_update(
     training = training or LocalTraining()
     if len(images) == 0:
         raise InputError("images", "at least one image", "none")
-    worker = copy.deepcopy(model)
+    worker = _without_caches(model, images.shape)
     trained = {n: p for n, p in worker.named_parameters() if p.requires_grad}
     if not trained:
         raise InputError("model", "at least one trainable parameter", "none")
@@ -299,7 +338,7 @@ def local_update(
             optimiser.step()
         tensors = {n: p.detach() - before[n] for n, p in trained.items()}
 
-    buffers = dict(worker.named_buffers()) if worker.training else {}
+    buffers = _statistics(model, worker) if worker.training else {}
     return SharedUpdate(
         model=model,
         tensors=tensors,
@@ -308,6 +347,20 @@ def local_update(
         training=training,
         buffers=buffers or None,
     )
+
+
+def _statistics(before: nn.Module, after: nn.Module) -> dict[str, Tensor]:
+    """All buffers, of which only the statistics of normalisation layers are new.
+
+    A buffer of any other kind may hold what went through the model.
+    """
+    buffers = dict(before.named_buffers())
+    for name, module in after.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            prefix = f"{name}." if name else ""
+            for own, value in module.named_buffers(recurse=False):
+                buffers[prefix + own] = value
+    return buffers
 
 
 def _cross_entropy(model: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:

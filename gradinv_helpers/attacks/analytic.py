@@ -40,7 +40,10 @@ def linear_layer_input(update: SharedUpdate, layer: str | None = None) -> Tensor
     found = [
         name
         for name, module in modules.items()
-        if isinstance(module, torch.nn.Linear) and module.bias is not None
+        if isinstance(module, torch.nn.Linear)
+        and module.bias is not None
+        and module.weight.requires_grad
+        and module.bias.requires_grad
     ]
     if layer is None and found:
         layer = found[0]

@@ -64,7 +64,8 @@ class _AutogradMap:
         self.fixed = {n: p.detach() for n, p in named.items() if not p.requires_grad}
         self.buffers = {n: b.detach() for n, b in model.named_buffers()}
         # Batch statistics and dropout change state inside vmap, which it refuses.
-        self.use_vmap = not model.training
+        self.training = any(module.training for module in model.modules())
+        self.use_vmap = not self.training
 
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Gradients, Pullback]:
         images = images.detach().requires_grad_()
@@ -119,7 +120,7 @@ class _AutogradMap:
         self, weights: dict[str, Tensor], images: Tensor, targets: Tensor
     ) -> Tensor:
         buffers = self.buffers
-        if self.model.training:  # forward would overwrite running statistics
+        if self.training:  # forward would overwrite running statistics
             buffers = {n: b.clone() for n, b in buffers.items()}
         logits = functional_call(
             self.model, {**weights, **self.fixed, **buffers}, (images,)
@@ -281,12 +282,11 @@ _Layer = _Linear | _Conv | _Activation | _MaxPool | _Flatten
 
 def _chain_layers(model: nn.Module) -> list[_Layer] | None:
     """The layers of a plain chain, or ``None`` where the model is something else."""
-    if not isinstance(model, nn.Sequential):
+    if type(model) is not nn.Sequential:  # a subclass may do more than its layers
         return None
+    modules = _in_order(model)
     layers: list[_Layer] = []
-    for module in model.modules():
-        if isinstance(module, nn.Sequential):
-            continue
+    for module in modules:
         layer = _chain_layer(module)
         if layer is not None:
             layers.append(layer)
@@ -306,12 +306,20 @@ def _chain_layers(model: nn.Module) -> list[_Layer] | None:
         and first_linear is not None
         and first_flatten < first_linear
     )
-    tied = len({id(p) for p in model.parameters()}) != sum(
-        len(list(m.parameters(recurse=False))) for m in model.modules()
-    )
-    return (
-        layers if ends_right and flat_first and not (hooked or frozen or tied) else None
-    )
+    # Shared weights stand twice among the layers' own, loose ones not at all.
+    own = sorted(id(p) for module in modules for p in module.parameters())
+    shared = own != sorted(id(p) for p in model.parameters())
+    plain = ends_right and flat_first and not (hooked or frozen or shared)
+    return layers if plain else None
+
+
+def _in_order(model: nn.Sequential) -> list[nn.Module]:
+    """The modules that a batch passes, those that are used twice also twice."""
+    return [
+        inner
+        for module in model
+        for inner in (_in_order(module) if type(module) is nn.Sequential else [module])
+    ]
 
 
 def _chain_layer(module: nn.Module) -> _Layer | None:

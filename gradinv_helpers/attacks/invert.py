@@ -5,10 +5,11 @@ Taught in: notebooks/02_dlg_four_steps.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +22,11 @@ from gradinv_helpers.attacks.matching import (
     squared_error,
     squared_norm,
 )
-from gradinv_helpers.attacks.optimise import Minimiser, TrialState
+from gradinv_helpers.attacks.optimise import (
+    NO_LOWER_POINT,
+    Minimiser,
+    TrialState,
+)
 from gradinv_helpers.compute import cpu_threads
 from gradinv_helpers.errors import (
     InputError,
@@ -44,6 +49,8 @@ _STANDSTILL = 0.02
 _PATIENCE = 10
 # Standing above this residual counts as stuck: the trial is replaced.
 _STUCK = 1e-2
+# Restarts in one batch: more of them gain nothing, or do not fit.
+_TRIALS_CPU, _TRIALS_GPU = 24, 1024
 _BOX_WEIGHT = 1.0
 _TV_SMOOTHING = 1e-3
 
@@ -206,11 +213,12 @@ def invert_clients(
     log_every: int = 5,
     on_step: Callable[[Step], None] | None = None,
 ) -> list[Reconstruction]:
-    """Invert updates of several clients of one round, all in one batch.
+    """Invert updates of several clients of one round, in one batch.
 
     Every client is attacked on its own, as by ``invert``; only the arithmetic is
     shared. Clients must have the same number of samples. Client k starts from the
-    seed ``seed + k``.
+    seed ``seed + k``. Very many clients are taken in groups, because a batch gains
+    nothing beyond a few dozen restarts on a CPU.
 
     Args:
         updates: Updates of the same model with the same recipe.
@@ -225,7 +233,8 @@ def invert_clients(
         on_step: Called after every iteration of every restart.
 
     Returns:
-        One reconstruction per update, in order.
+        One reconstruction per update, in order. After Ctrl-C, clients whose group had
+        not begun are missing at the end.
 
     Raises:
         InputError: As for ``invert``, or the updates do not belong together.
@@ -244,15 +253,26 @@ def invert_clients(
     if len(set(sizes)) > 1:
         raise InputError("updates", "equal numbers of samples", f"{sizes}")
     plan = _plan(updates, attack, labels)
-    return _Search(
-        _Problem(updates, plan, tv_weight=tv_weight),
-        iterations=iterations,
-        restarts=restarts,
-        seed=seed,
-        init_scale=init_scale,
-        log_every=log_every,
-        on_step=on_step,
-    ).run()
+    on_cpu = next(iter(updates[0].tensors.values())).device.type == "cpu"
+    width = max(1, (_TRIALS_CPU if on_cpu else _TRIALS_GPU) // restarts)
+    found: list[Reconstruction] = []
+    for first in range(0, len(updates), width):
+        chosen = slice(first, first + width)
+        known = plan.labels and plan.labels[chosen]
+        search = _Search(
+            _Problem(updates[chosen], replace(plan, labels=known), tv_weight=tv_weight),
+            first_client=first,
+            iterations=iterations,
+            restarts=restarts,
+            seed=seed,
+            init_scale=init_scale,
+            log_every=log_every,
+            on_step=on_step,
+        )
+        found += search.run()
+        if search.interrupted:
+            break
+    return found
 
 
 # --- what is known before the search --------------------------------------------
@@ -317,7 +337,7 @@ class _Problem:
     """The matching loss of all trials as one function of flat vectors.
 
     A trial's vector holds its images, then the logits of its labels where those are
-    unknown. Trial t belongs to client ``t // restarts``.
+    unknown.
     """
 
     def __init__(
@@ -337,12 +357,9 @@ class _Problem:
         ]
         if not bool(squared_norm(self.targets).all()):
             raise InputError("update", "a non-zero update", "all zeros")
-        self.like = self.targets[0]
-        model = first.model
-        self.map: GradientMap = gradient_map(model)
-        if first.normalized:
-            self.map = normalized_groups(self.map, first.group_sizes or ())
-        self.num_classes = self._count_classes(model)
+        self.model = first.model
+        self.num_classes = self._count_classes()
+        self._prepare()
         if plan.labels is not None:
             highest = max(int(labels.max()) for labels in plan.labels)
             if highest >= self.num_classes:
@@ -352,8 +369,24 @@ class _Problem:
                     highest,
                 )
 
-    def _count_classes(self, model: torch.nn.Module) -> int:
-        grey = self.like.new_full((2, *self.shape), 0.5)
+    def _prepare(self) -> None:
+        self.like = self.targets[0]
+        first = self.updates[0]
+        self.map: GradientMap = gradient_map(self.model)
+        if first.normalized:
+            self.map = normalized_groups(self.map, first.group_sizes or ())
+
+    def double(self) -> _Problem:
+        """The same problem in double precision."""
+        other = copy.copy(self)
+        other.model = copy.deepcopy(self.model).double()
+        other.targets = [target.double() for target in self.targets]
+        other._prepare()
+        return other
+
+    def _count_classes(self) -> int:
+        model = self.model
+        grey = self.targets[0].new_full((2, *self.shape), 0.5)
         was_training = model.training
         try:
             with torch.no_grad():
@@ -383,9 +416,9 @@ class _Problem:
 
         counter = FlopCounterMode(display=False)
         with counter, torch.no_grad():
-            was_training = self.updates[0].model.training
-            self.updates[0].model.eval()(self.like.new_zeros(1, *self.shape))
-            self.updates[0].model.train(was_training)
+            was_training = self.model.training
+            self.model.eval()(self.like.new_zeros(1, *self.shape))
+            self.model.train(was_training)
         return counter.get_total_flops() // 2 * self.num_samples
 
     def start(self, generator: torch.Generator, init_scale: float) -> Tensor:
@@ -463,6 +496,12 @@ class _Slot:
     spent: int = 0  # iterations of runs that were replaced
     runs: list[_Run] = field(default_factory=list)
     snapshots: dict[int, Tensor] = field(default_factory=dict)
+    earlier: _Run | None = None  # the part of the current run in single precision
+
+    @property
+    def begun(self) -> int:
+        """Iterations that the current run had behind it when it was taken up again."""
+        return self.earlier.report.iterations if self.earlier else 0
 
 
 class _Search:
@@ -472,6 +511,7 @@ class _Search:
         self,
         problem: _Problem,
         *,
+        first_client: int,
         iterations: int,
         restarts: int,
         seed: int,
@@ -479,11 +519,14 @@ class _Search:
         log_every: int,
         on_step: Callable[[Step], None] | None,
     ):
-        self.problem, self.iterations, self.restarts = problem, iterations, restarts
-        self.seed, self.init_scale = seed, init_scale
+        self.problem, self.iterations = problem, iterations
+        self.first_client, self.seed = first_client, seed + first_client
+        self.interrupted = False
+        self.init_scale = init_scale
         self.log_every, self.on_step = log_every, on_step
         clients = range(len(problem.updates))
         self.slots = [_Slot(c, r) for c in clients for r in range(restarts)]
+        self.all_slots = self.slots
         self.starts_drawn = [0 for _ in clients]
         self.solved = [False for _ in clients]
         # Noise of a known size leaves a residual of its own: no need to go below it.
@@ -496,40 +539,68 @@ class _Search:
 
     def run(self) -> list[Reconstruction]:
         begun = time.perf_counter()
-        starts = torch.stack([self._new_start(slot) for slot in self.slots])
-        with cpu_threads(self.problem.work * len(starts)):
-            minimiser = Minimiser(
-                self._evaluate, starts, inspect=self._inspect, replace=self._replace
-            )
-            try:
-                minimiser.run()
-            except KeyboardInterrupt:
-                for slot, state in zip(self.slots, minimiser.states, strict=True):
-                    if not state.stopped:
-                        state.stopped = "interrupted"
-                        self._record(slot, state, replaced=False)
+        with cpu_threads(self.problem.work * len(self.slots)):
+            starts = [self._new_start(slot) for slot in self.slots]
+            finished = self._minimise(starts)
+            blurred = [slot for slot in self.slots if self._needs_precision(slot)]
+            if finished and blurred:
+                self.problem, self.slots = self.problem.double(), blurred
+                self._minimise([self._take_up(slot) for slot in blurred])
         seconds = time.perf_counter() - begun
         clients = range(len(self.problem.updates))
         return [self._reconstruction(client, seconds) for client in clients]
+
+    def _minimise(self, starts: list[Tensor]) -> bool:
+        """Run the current slots from ``starts``; say whether it was left to finish."""
+        minimiser = Minimiser(
+            self._evaluate,
+            torch.stack(starts),
+            inspect=self._inspect,
+            replace=self._replace,
+        )
+        try:
+            minimiser.run()
+        except KeyboardInterrupt:
+            for slot, state in zip(self.slots, minimiser.states, strict=True):
+                if not state.stopped:
+                    state.stopped = "interrupted"
+                    self._record(slot, state, replaced=False)
+            self.interrupted = True
+            return False
+        return True
+
+    def _needs_precision(self, slot: _Slot) -> bool:
+        """Whether rounding ended a run that was on its way to a match."""
+        last = slot.runs[-1].report
+        single = self.problem.like.dtype == torch.float32
+        can = self.problem.like.device.type != "mps"  # it has no double precision
+        left = self.iterations - slot.spent - last.iterations
+        rounded = last.stopped == NO_LOWER_POINT and last.loss <= _STUCK
+        return single and can and rounded and left > 0 and not self.solved[slot.client]
+
+    def _take_up(self, slot: _Slot) -> Tensor:
+        """Go on with the last run of a slot, in the precision of the problem."""
+        slot.earlier = slot.runs.pop()
+        return slot.earlier.point.to(self.problem.like)
 
     def _new_start(self, slot: _Slot) -> Tensor:
         """The next random start of this client; start s is the same in every call."""
         number = self.starts_drawn[slot.client]
         self.starts_drawn[slot.client] += 1
-        slot.seed, slot.snapshots = number, {}
+        slot.seed, slot.snapshots, slot.earlier = number, {}, None
         generator = torch.Generator().manual_seed(
             1_000_003 * number + self.seed + slot.client
         )
         return self.problem.start(generator, self.init_scale)
 
     def _evaluate(self, points: Tensor, trials: Tensor) -> tuple[Tensor, Tensor]:
-        clients = torch.div(trials, self.restarts, rounding_mode="floor")
-        return self.problem.evaluate(points, clients)
+        clients = torch.tensor([slot.client for slot in self.slots])
+        return self.problem.evaluate(points, clients.to(trials.device)[trials])
 
     def _inspect(self, trial: int, state: TrialState) -> str:
         """A reason to stop a restart after an iteration, or nothing."""
         slot = self.slots[trial]
-        iteration = len(state.trace) - 1
+        iteration = slot.begun + len(state.trace) - 1
         if iteration % self.log_every == 0:
             images = self.problem.images(state.point).clamp(0, 1)
             slot.snapshots[iteration] = images.float().cpu().clone()
@@ -538,7 +609,7 @@ class _Search:
         if self.on_step is not None:
             self.on_step(
                 Step(
-                    client=slot.client,
+                    client=self.first_client + slot.client,
                     restart=slot.restart,
                     iteration=spent,
                     loss=state.loss,
@@ -567,23 +638,28 @@ class _Search:
         """Record a restart that stopped; give a new start if it failed."""
         slot = self.slots[trial]
         failed = not state.loss <= _STUCK and state.stopped != "all iterations used"
-        left = self.iterations - slot.spent - state.iterations
+        used = slot.begun + state.iterations
+        left = self.iterations - slot.spent - used
         again = failed and left > 0 and not self.solved[slot.client]
         self._record(slot, state, replaced=again)
         if not again:
             return None
-        slot.spent += max(1, state.iterations)  # a start that fails at once costs one
+        slot.spent += max(1, used)  # a start that fails at once costs one
         return self._new_start(slot)
 
     def _record(self, slot: _Slot, state: TrialState, *, replaced: bool) -> None:
         losses = tuple(state.trace)
         if not losses or losses[-1] != state.loss:
             losses += (state.loss,)
+        evaluations = state.evaluations
+        if slot.earlier is not None:
+            losses = slot.earlier.losses + losses[1:]
+            evaluations += slot.earlier.report.evaluations
         report = TrialReport(
             seed=slot.seed,
             loss=state.loss,
-            iterations=state.iterations,
-            evaluations=state.evaluations,
+            iterations=slot.begun + state.iterations,
+            evaluations=evaluations,
             stopped=state.stopped,
             replaced=replaced,
         )
@@ -591,9 +667,8 @@ class _Search:
 
     def _reconstruction(self, client: int, seconds: float) -> Reconstruction:
         """The run of this client with the lowest matching loss."""
-        runs = [
-            run for slot in self.slots if slot.client == client for run in slot.runs
-        ]
+        own = [slot for slot in self.all_slots if slot.client == client]
+        runs = [run for slot in own for run in slot.runs]
         finite = [run for run in runs if math.isfinite(run.report.loss)]
         if not finite:
             raise InputError(

@@ -18,8 +18,8 @@ def infer_labels(
 
     For softmax and cross-entropy the bias gradient is :math:`p - y`: negative at the
     true class only. Row k of the weight gradient is :math:`(p_k - y_k)\,h^\top`, so
-    without a bias the same sign shows in the row sums, provided that the features h
-    are not negative (after sigmoid or ReLU).
+    without a bias the true row is the one that points against all others. Where only
+    two rows count, the features h must not be negative (as after sigmoid or ReLU).
 
     Args:
         update: A gradient, or the weight change of one SGD step, of one sample.
@@ -48,7 +48,7 @@ def infer_labels(
         gradient = update.gradient()
     weight_name, bias_name = _last_linear(update)
     weight = gradient[weight_name]
-    scores = gradient[bias_name] if bias_name else weight.sum(1)
+    scores = gradient[bias_name] if bias_name else _scores_of_rows(weight)
     negative = torch.nonzero(scores < 0).flatten()
     if len(negative) != 1:
         # Noise or rounding can flip small entries; the true one is by far the lowest.
@@ -61,6 +61,24 @@ def infer_labels(
                 "the update is not that of one hard label, or it is too noisy",
             )
     return scores.argmin().reshape(1).cpu()
+
+
+def _scores_of_rows(weight: Tensor) -> Tensor:
+    """One number per row (p_k - y_k) h, negative for the class that stands alone."""
+    along = weight @ weight[weight.norm(dim=1).argmax()]
+    up, down = along.clamp_min(0), (-along).clamp_min(0)
+    # Both sides have the same sum; that of the true class has a single member.
+    lead = down.max() * up.sum() - up.max() * down.sum()
+    if abs(lead) > 1e-3 * up.sum() * down.sum():
+        return along if lead > 0 else -along
+    if bool(((weight >= 0).all(1) | (weight <= 0).all(1)).all()):
+        return weight.sum(1)
+    raise InputError(
+        "update",
+        "a bias, three classes in play, or features without negative values",
+        "none of them",
+        "use the attack 'dlg', or pass labels= if they are known",
+    )
 
 
 def _last_linear(update: SharedUpdate) -> tuple[str, str | None]:

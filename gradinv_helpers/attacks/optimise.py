@@ -17,7 +17,9 @@ from torch import Tensor
 Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 UPDATES_PER_ITERATION = 20
-_HISTORY = 40
+NO_LOWER_POINT = "the line search finds no lower point"
+_MOST_PAIRS, _FEWEST_PAIRS = 100, 20
+_HISTORY_BYTES = 64 * 2**20  # beyond this, reading the history costs too much
 _ARMIJO, _CURVATURE = 1e-4, 0.9  # the usual constants of strong Wolfe for quasi-Newton
 _MAX_STEP = 1e6
 _LINE_SEARCH_EVALUATIONS = 20
@@ -217,7 +219,10 @@ class History:
     Source: Byrd, Nocedal and Schnabel (1994), Theorem 2.4, for the compact inverse.
     """
 
-    def __init__(self, trials: int, size: int, like: Tensor, length: int = _HISTORY):
+    def __init__(self, trials: int, size: int, like: Tensor, length: int | None = None):
+        if length is None:  # long histories where they are cheap
+            pair = 2 * trials * size * like.element_size()
+            length = min(_MOST_PAIRS, max(_FEWEST_PAIRS, _HISTORY_BYTES // pair))
         self.length = length
         self.pairs = like.new_zeros(trials, 2 * length, size)  # s rows, then y rows
         products = like.new_zeros(trials, length, length, dtype=torch.float64)
@@ -245,13 +250,15 @@ class History:
         m, slot = self.length, self.used[rows] % self.length
         self.pairs[rows, slot] = s
         self.pairs[rows, m + slot] = y
-        everyone = len(rows) == len(self.used)
-        pairs = self.pairs if everyone else self.pairs[rows]
-        products = (pairs @ torch.stack([s, y], 2)).double()  # (A, 2m, 2)
-        self.sy[rows, :, slot] = products[:, :m, 1]
-        self.sy[rows, slot, :] = products[:, m:, 0]
-        self.yy[rows, :, slot] = products[:, m:, 1]
-        self.yy[rows, slot, :] = products[:, m:, 1]
+        # All trials take part in the product: copying a selection of the pairs would
+        # cost more than multiplying the rest by zero.
+        new = self.pairs.new_zeros(len(self.used), 2, s.shape[1])
+        new[rows, 0], new[rows, 1] = s, y
+        products = (new @ self.pairs.mT)[rows].double()  # (A, 2, 2m)
+        self.sy[rows, :, slot] = products[:, 1, :m]
+        self.sy[rows, slot, :] = products[:, 0, m:]
+        self.yy[rows, :, slot] = products[:, 1, m:]
+        self.yy[rows, slot, :] = products[:, 1, m:]
         self.used[rows] += 1
 
     def direction(self, gradient: Tensor) -> Tensor:
@@ -279,7 +286,7 @@ class History:
         )
         scale = torch.where(fresh, 1.0, scale)[:, None]
 
-        products = (self.pairs @ gradient[:, :, None])[:, :, 0].double()
+        products = (gradient[:, None, :] @ self.pairs.mT)[:, 0].double()
         sg = torch.where(valid, products[:, :m].gather(1, order), 0.0)
         yg = torch.where(valid, products[:, m:].gather(1, order), 0.0)
         rsg = torch.linalg.solve_triangular(r, sg[:, :, None], upper=True)[:, :, 0]
@@ -386,14 +393,15 @@ class Minimiser:
         done, failed = self.search.advance(f, d)
         done, failed = done & ~begun, failed & ~begun
         # A search that gave up still keeps a lower point, if it stands on one.
-        lower = failed & np.isfinite(f) & (f < self.f)
+        finite = np.isfinite(f) & np.isfinite(d)  # the slope shows a bad gradient
+        lower = failed & finite & (f < self.f)
         accepted = done | lower | begun
         reasons: dict[int, str] = {}
-        for row in np.flatnonzero(begun & ~np.isfinite(f)).tolist():
-            reasons[row] = "the loss is not finite at the start"
+        for row in np.flatnonzero(begun & ~finite).tolist():
+            reasons[row] = "the loss or its gradient is not finite at the start"
         hopeless = failed & ~lower & self.steepest
         for row in np.flatnonzero(hopeless).tolist():
-            reasons[row] = "the line search finds no lower point"
+            reasons[row] = NO_LOWER_POINT
         # A failed search along a quasi-Newton direction: forget the curvature.
         forget = np.flatnonzero(failed)
         if len(forget):
@@ -433,12 +441,14 @@ class Minimiser:
     def _report(
         self, rows: np.ndarray, begun: np.ndarray, reasons: dict[int, str]
     ) -> None:
+        # First all states, so that they agree if one inspection ends the run.
         for row in rows.tolist():
             state = self.states[self.trials[row]]
-            state.loss = float(self.f[row])
+            state.loss, state.point = float(self.f[row]), self.x[row]
+        for row in rows.tolist():
+            state = self.states[self.trials[row]]
             if not begun[row] and state.updates % UPDATES_PER_ITERATION:
                 continue
-            state.point = self.x[row]
             state.trace.append(state.loss)
             if row not in reasons:
                 reason = self.inspect(int(self.trials[row]), state)
