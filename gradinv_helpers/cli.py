@@ -54,6 +54,10 @@ OutputDir = Annotated[
 ]
 
 
+class _InterruptedError(Exception):
+    """Ctrl-C ended an attack, and its results so far were kept."""
+
+
 def main() -> None:
     """Run the command line and exit with its code."""
     sys.exit(run(sys.argv[1:]))
@@ -68,7 +72,12 @@ def run(arguments: list[str]) -> int:
         code = command.main(
             args=arguments or ["--help"], prog_name="gradinv", standalone_mode=False
         )
+        if code == 130:  # how typer reports Ctrl-C
+            _say("interrupted")
         return int(code or 0)
+    except _InterruptedError:
+        _say("interrupted; the best so far was scored and written")
+        return 130
     except InputError as error:
         _say(_with_option(error))
         return 2
@@ -232,8 +241,7 @@ def invert_command(
     typer.echo(f"\nwrote to {Path(options.output_dir)}:")
     typer.echo("  " + "\n  ".join(path.name for path in result.files))
     if result.interrupted:
-        _say("interrupted; the best so far was scored and written")
-        raise typer.Exit(130)
+        raise _InterruptedError
 
 
 @app.command(
