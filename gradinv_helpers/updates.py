@@ -219,6 +219,18 @@ class SharedUpdate:
         return SharedUpdate(**(fields | {"tensors": tensors} | changes))
 
 
+def _refuse_attribute(update: SharedUpdate, name: str, value: object) -> None:
+    raise AttributeError(
+        f"SharedUpdate.{name} cannot be set: an update takes no changes and no "
+        "further attributes; use replace_tensors for a changed copy"
+    )
+
+
+# The classes that frozen=True and slots=True make together answer with an unrelated
+# TypeError for names that are no fields.
+SharedUpdate.__setattr__ = _refuse_attribute  # type: ignore[assignment]
+
+
 def _rebuilt(fields: dict[str, object]) -> SharedUpdate:
     return SharedUpdate(**fields)  # type: ignore[arg-type]
 

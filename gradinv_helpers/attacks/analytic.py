@@ -22,7 +22,9 @@ def linear_layer_input(update: SharedUpdate, layer: str | None = None) -> Tensor
     one sample feeds a unit, its row alone still gives that sample.
 
     Args:
-        update: A gradient, or the weight change of one SGD step.
+        update: A gradient, or a weight change. Of one sample, a change after any
+            number of SGD steps will do, because every step adds a multiple of the
+            same row.
         layer: Name of the ``torch.nn.Linear`` in the model; the first one with a bias
             where ``None``.
 
@@ -54,7 +56,10 @@ def linear_layer_input(update: SharedUpdate, layer: str | None = None) -> Tensor
             repr(layer),
         )
     prefix = f"{layer}." if layer else ""
-    gradient = dict(update.tensors) if update.normalized else update.gradient()
+    # A common factor cancels, and so does a sum over SGD steps on the same image.
+    recipe = update.training
+    plain = recipe.optimiser != "adam" and recipe.weight_decay == 0
+    gradient = dict(update.tensors) if plain else update.gradient()
     weight, bias = gradient[f"{prefix}weight"], gradient[f"{prefix}bias"]
     size = bias.square().sum()
     if float(size) == 0:

@@ -272,6 +272,8 @@ def invert_clients(
         found += search.run()
         if search.interrupted:
             break
+    if not found:  # interrupted before there was anything to return
+        raise KeyboardInterrupt
     return found
 
 
@@ -320,7 +322,10 @@ def _plan(
 
 
 def _checked_labels(given: Tensor | Sequence[int], update: SharedUpdate) -> Tensor:
-    labels = torch.as_tensor(given).reshape(-1).long()
+    labels = torch.as_tensor(given).reshape(-1)
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise InputError("labels", "integers", str(labels.dtype))
+    labels = labels.long().cpu()
     if len(labels) != update.num_samples:
         raise InputError(
             "labels", f"{update.num_samples} labels, one per sample", len(labels)
@@ -357,7 +362,8 @@ class _Problem:
         ]
         if not bool(squared_norm(self.targets).all()):
             raise InputError("update", "a non-zero update", "all zeros")
-        self.model = first.model
+        # A copy, because some models keep what passes through them.
+        self.model = copy.deepcopy(first.model)
         self.num_classes = self._count_classes()
         self._prepare()
         if plan.labels is not None:
@@ -379,31 +385,31 @@ class _Problem:
     def double(self) -> _Problem:
         """The same problem in double precision."""
         other = copy.copy(self)
-        other.model = copy.deepcopy(self.model).double()
+        other.model = copy.deepcopy(self.updates[0].model).double()
         other.targets = [target.double() for target in self.targets]
         other._prepare()
         return other
 
     def _count_classes(self) -> int:
-        model = self.model
         grey = self.targets[0].new_full((2, *self.shape), 0.5)
-        was_training = model.training
         try:
             with torch.no_grad():
-                logits = model.eval()(grey)
+                logits = self._probe()(grey)
         except (RuntimeError, ValueError) as error:
             raise InputError(
                 "image_shape",
                 "a shape that the model takes",
                 f"{self.shape}: {str(error).splitlines()[0]}",
             ) from error
-        finally:
-            model.train(was_training)
         if logits.dim() != 2:
             raise InputError(
                 "model", "logits of shape (N, classes)", tuple(logits.shape)
             )
         return logits.shape[1]
+
+    def _probe(self) -> torch.nn.Module:
+        """A copy of the model in evaluation mode, which may be run at will."""
+        return copy.deepcopy(self.updates[0].model).eval()
 
     @property
     def num_pixels(self) -> int:
@@ -416,9 +422,7 @@ class _Problem:
 
         counter = FlopCounterMode(display=False)
         with counter, torch.no_grad():
-            was_training = self.model.training
-            self.model.eval()(self.like.new_zeros(1, *self.shape))
-            self.model.train(was_training)
+            self._probe()(self.like.new_zeros(1, *self.shape))
         return counter.get_total_flops() // 2 * self.num_samples
 
     def start(self, generator: torch.Generator, init_scale: float) -> Tensor:
@@ -531,7 +535,9 @@ class _Search:
         self.solved = [False for _ in clients]
         # Noise of a known size leaves a residual of its own: no need to go below it.
         entries = sum(t[0].numel() for t in problem.targets)
-        noise = [entries * u.noise_std**2 for u in problem.updates]
+        first = problem.updates[0]
+        units = first.training.lr if first.kind == "delta" else 1.0  # of the gradient
+        noise = [entries * (u.noise_std / units) ** 2 for u in problem.updates]
         scales = squared_norm(problem.targets).tolist()
         self.tolerance = [
             max(_MATCHED, n / s) for n, s in zip(noise, scales, strict=True)
@@ -547,8 +553,12 @@ class _Search:
                 self.problem, self.slots = self.problem.double(), blurred
                 self._minimise([self._take_up(slot) for slot in blurred])
         seconds = time.perf_counter() - begun
-        clients = range(len(self.problem.updates))
-        return [self._reconstruction(client, seconds) for client in clients]
+        found = []
+        for client in range(len(self.problem.updates)):
+            if self.interrupted and not self._finite_runs(client):
+                break
+            found.append(self._reconstruction(client, seconds))
+        return found
 
     def _minimise(self, starts: list[Tensor]) -> bool:
         """Run the current slots from ``starts``; say whether it was left to finish."""
@@ -648,6 +658,10 @@ class _Search:
         return self._new_start(slot)
 
     def _record(self, slot: _Slot, state: TrialState, *, replaced: bool) -> None:
+        if slot.earlier is not None and not math.isfinite(state.loss):
+            report = replace(slot.earlier.report, stopped=state.stopped)
+            slot.runs.append(replace(slot.earlier, report=report))
+            return
         losses = tuple(state.trace)
         if not losses or losses[-1] != state.loss:
             losses += (state.loss,)
@@ -665,11 +679,16 @@ class _Search:
         )
         slot.runs.append(_Run(state.point.clone(), report, losses, slot.snapshots))
 
+    def _runs(self, client: int) -> list[_Run]:
+        own = [slot for slot in self.all_slots if slot.client == client]
+        return [run for slot in own for run in slot.runs]
+
+    def _finite_runs(self, client: int) -> list[_Run]:
+        return [run for run in self._runs(client) if math.isfinite(run.report.loss)]
+
     def _reconstruction(self, client: int, seconds: float) -> Reconstruction:
         """The run of this client with the lowest matching loss."""
-        own = [slot for slot in self.all_slots if slot.client == client]
-        runs = [run for slot in own for run in slot.runs]
-        finite = [run for run in runs if math.isfinite(run.report.loss)]
+        runs, finite = self._runs(client), self._finite_runs(client)
         if not finite:
             raise InputError(
                 "update",
