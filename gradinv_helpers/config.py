@@ -95,7 +95,7 @@ class BookSettings(_Group):
     num_images: Count = Field(
         default=8, description="Images attacked in each experiment"
     )
-    iterations: Count = Field(default=60, description="Outer steps of the optimiser")
+    iterations: Count = Field(default=40, description="Outer steps of the optimiser")
     restarts: Count = Field(default=2, description="Independent starts of each attack")
     epochs: Count = Field(
         default=5, description="Passes over the data when a model trains"

@@ -17,7 +17,8 @@ Taught in: notebooks/02_dlg_four_steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
+
+from gradinv_helpers.errors import InputError
 
 Gradients = list[Tensor]  # one (T, *parameter shape) per trainable parameter
 Pullback = Callable[[Gradients], tuple[Tensor, Tensor]]
@@ -70,7 +73,7 @@ class _AutogradMap:
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Gradients, Pullback]:
         images = images.detach().requires_grad_()
         targets = targets.detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), _twice_differentiable():
             gradients = self._gradients(images, targets)
 
         def pullback(cotangents: Gradients) -> tuple[Tensor, Tensor]:
@@ -79,12 +82,13 @@ class _AutogradMap:
                 for g, v in zip(gradients, cotangents, strict=True)
                 if g.requires_grad
             ]
-            back = torch.autograd.grad(
-                [g for g, _ in pairs],
-                [images, targets],
-                [v for _, v in pairs],
-                allow_unused=True,
-            )
+            with _twice_differentiable():
+                back = torch.autograd.grad(
+                    [g for g, _ in pairs],
+                    [images, targets],
+                    [v for _, v in pairs],
+                    allow_unused=True,
+                )
             to_images, to_targets = (
                 torch.zeros_like(x) if b is None else b
                 for b, x in zip(back, (images, targets), strict=True)
@@ -126,6 +130,23 @@ class _AutogradMap:
             self.model, {**weights, **self.fixed, **buffers}, (images,)
         )
         return -(targets * F.log_softmax(logits, dim=-1)).sum(-1).mean()
+
+
+@contextmanager
+def _twice_differentiable() -> Iterator[None]:
+    """Say clearly where torch lacks the second derivative of a layer."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        if "derivative" not in reason or "not implemented" not in reason:
+            raise
+        raise InputError(
+            "model",
+            "layers that torch can differentiate twice",
+            reason,
+            "replace that layer by another one, such as nn.Sigmoid for nn.Hardsigmoid",
+        ) from error
 
 
 # --- chains of layers -----------------------------------------------------------

@@ -72,7 +72,8 @@ class LineSearch:
         """
         self.evaluations += 1
         finite = np.isfinite(f) & np.isfinite(d)
-        allowed = self.f0 + _ARMIJO * self.step * self.d0
+        with np.errstate(invalid="ignore"):  # a trial that is about to be replaced
+            allowed = self.f0 + _ARMIJO * self.step * self.d0
         done = finite & (f <= allowed) & (np.abs(d) <= -_CURVATURE * self.d0)
         failed = ~done & (self.evaluations >= _LINE_SEARCH_EVALUATIONS)
         going = np.flatnonzero(~done & ~failed)
