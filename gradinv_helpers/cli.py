@@ -185,7 +185,7 @@ def invert_command(
     ] = None,
     attack: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--attack", help="auto, dlg or idlg."),
+        typer.Option("--attack", help="auto, dlg, idlg or exact."),
     ] = None,
     judge: Annotated[
         bool,

@@ -137,7 +137,23 @@ def test_no_active_unit() -> None:
         linear_layer_input(local_update(model, some_images(1)))
 
 
-def test_several_steps() -> None:
-    recipe = LocalTraining("delta", epochs=2)
-    with pytest.raises(InputError, match="one SGD step, got the change of 2 sgd steps"):
-        linear_layer_input(local_update(mlp(), some_images(1), recipe))
+@pytest.mark.parametrize("optimiser", ["sgd", "momentum"])
+def test_several_steps_on_one_image_cancel(optimiser: str) -> None:
+    """Every step adds a multiple of the same pixels to the first layer."""
+    recipe = LocalTraining("delta", lr=0.2, epochs=5, optimiser=optimiser)
+    images = some_images(1)
+    found = linear_layer_input(local_update(mlp(), images, recipe))
+    assert torch.allclose(found, images.pixels.double().flatten(), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "what"),
+    [
+        ({"optimiser": "adam"}, "1 adam steps"),
+        ({"epochs": 2, "weight_decay": 0.1}, "2 sgd steps"),
+    ],
+)
+def test_changes_that_are_no_multiple_of_the_pixels(recipe: dict, what: str) -> None:
+    update = local_update(mlp(), some_images(1), LocalTraining("delta", **recipe))
+    with pytest.raises(InputError, match=f"one SGD step, got the change of {what}"):
+        linear_layer_input(update)

@@ -459,6 +459,26 @@ def test_ctrl_c_in_the_second_stage_keeps_the_first(tmp_path: Path) -> None:
     assert record["results"]["aggregate"]["stopped"] == "interrupted"
 
 
+def test_ctrl_c_between_groups_of_clients(monkeypatch, tmp_path: Path) -> None:
+    """Clients that had not begun are missing; the others are whole."""
+    from gradinv_helpers.attacks import invert as module
+
+    def stop(step) -> None:
+        if step.client == 1 and step.iteration == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_TRIALS_CPU", 1)
+    chosen = options(num_clients=3, iterations=3, output_dir=str(tmp_path))
+    result = run_inversion(chosen, on_step=stop)
+    assert result.interrupted
+    assert list(result.scores) == ["client_0", "client_1"]
+    names = {p.format(f"client_{k}") for k in range(2) for p in PER_UPDATE}
+    assert names | {"run.json"} <= content(tmp_path)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["interrupted"] is True
+    assert list(record["results"]) == ["client_0", "client_1"]
+
+
 def test_ctrl_c_while_writing_leaves_whole_files(monkeypatch, tmp_path: Path) -> None:
     original = experiment.write_json
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gradinv_helpers.attacks.exact import Certificate, invert_layer_by_layer
 from gradinv_helpers.attacks.gradients import GradientMap, Gradients, gradient_map
 from gradinv_helpers.attacks.labels import infer_labels
 from gradinv_helpers.attacks.matching import (
@@ -39,7 +40,7 @@ from gradinv_helpers.federated.aggregation import check_same_round
 from gradinv_helpers.priors.smoothness import total_variation
 from gradinv_helpers.updates import SharedUpdate
 
-ATTACKS: tuple[str, ...] = ("auto", "dlg", "idlg")
+ATTACKS: tuple[str, ...] = ("auto", "dlg", "idlg", "exact")
 
 # A relative residual below this is a match. Single images of LeNet are then beyond
 # 45 dB, and the rounding of float32 stops most searches before 1e-10.
@@ -94,6 +95,8 @@ class Reconstruction:
         reason: Why this attack was picked.
         label_source: Where the labels come from.
         seed: Seed of the attack.
+        certificate: What an exact attack can prove of its answer; ``None`` for
+            attacks that search.
     """
 
     images: Tensor
@@ -109,6 +112,7 @@ class Reconstruction:
     reason: str
     label_source: str
     seed: int
+    certificate: Certificate | None = None
 
     @property
     def loss(self) -> float:
@@ -162,8 +166,10 @@ def invert(
     Args:
         update: What the server saw. A weight change must come from one SGD step.
         attack: ``dlg`` fits images and labels together; ``idlg`` first reads the
-            label off the gradient (one sample only); ``auto`` takes ``idlg`` where
-            it is exact and ``dlg`` otherwise.
+            label off the gradient (one sample only); ``exact`` solves the layers one
+            after the other by linear algebra (one sample, chains of layers) and needs
+            no iterations; ``auto`` takes ``idlg`` where it is exact and ``dlg``
+            otherwise.
         iterations: Outer steps per restart, of up to 20 L-BFGS updates each, as in
             the published recipe; 200 by default. The attack stops early when done.
         restarts: Independent random starts; 3 by default.
@@ -252,6 +258,10 @@ def invert_clients(
     sizes = [u.group_sizes for u in updates]
     if len(set(sizes)) > 1:
         raise InputError("updates", "equal numbers of samples", f"{sizes}")
+    if attack == "exact":
+        if labels is not None:
+            raise InputError("labels", "nothing for attack 'exact'", "labels")
+        return [_exact(update, seed + k) for k, update in enumerate(updates)]
     plan = _plan(updates, attack, labels)
     on_cpu = next(iter(updates[0].tensors.values())).device.type == "cpu"
     width = max(1, (_TRIALS_CPU if on_cpu else _TRIALS_GPU) // restarts)
@@ -275,6 +285,29 @@ def invert_clients(
     if not found:  # interrupted before there was anything to return
         raise KeyboardInterrupt
     return found
+
+
+def _exact(update: SharedUpdate, seed: int) -> Reconstruction:
+    begun = time.perf_counter()
+    with cpu_threads(0):
+        image, label, certificate = invert_layer_by_layer(update)
+    images = image.clamp(0, 1).float().cpu()
+    return Reconstruction(
+        images=images,
+        labels=label,
+        losses=(certificate.residual,),
+        iterations=(0,),
+        snapshots=images[None],
+        snapshot_iterations=(0,),
+        trials=(),
+        stopped=str(certificate),
+        seconds=time.perf_counter() - begun,
+        attack="exact",
+        reason="one sample behind a chain of layers: each layer is solved in turn",
+        label_source="inferred (last bias)",
+        seed=seed,
+        certificate=certificate,
+    )
 
 
 # --- what is known before the search --------------------------------------------
@@ -667,7 +700,7 @@ class _Search:
             losses += (state.loss,)
         evaluations = state.evaluations
         if slot.earlier is not None:
-            losses = slot.earlier.losses + losses[1:]
+            losses = slot.earlier.losses[:-1] + losses
             evaluations += slot.earlier.report.evaluations
         report = TrialReport(
             seed=slot.seed,
