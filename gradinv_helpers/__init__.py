@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from gradinv_helpers.attacks.analytic import (
         linear_layer_input as linear_layer_input,
     )
+    from gradinv_helpers.attacks.exact import Certificate as Certificate
     from gradinv_helpers.attacks.invert import Reconstruction as Reconstruction
     from gradinv_helpers.attacks.invert import Step as Step
     from gradinv_helpers.attacks.invert import TrialReport as TrialReport
@@ -67,6 +68,7 @@ _HOMES = {
     "defences": ("GaussianNoise", "defend"),
     "federated.aggregation": ("aggregate", "apply_update", "normalize"),
     "attacks.analytic": ("linear_layer_input",),
+    "attacks.exact": ("Certificate",),
     "attacks.labels": ("infer_labels",),
     "attacks.invert": (
         "Reconstruction",

@@ -145,21 +145,9 @@ def test_shape_type_and_range_of_the_result() -> None:
 
 def test_a_result_holds_no_truth() -> None:
     names = {field.name for field in dataclasses.fields(Reconstruction)}
-    assert names == {
-        "images",
-        "labels",
-        "losses",
-        "iterations",
-        "snapshots",
-        "snapshot_iterations",
-        "trials",
-        "stopped",
-        "seconds",
-        "attack",
-        "reason",
-        "label_source",
-        "seed",
-    }
+    assert {"images", "labels", "losses", "trials", "label_source", "seed"} <= names
+    forbidden = ("tru", "victim", "psnr", "mse", "ssim", "score", "update")
+    assert not [name for name in names for part in forbidden if part in name]
 
 
 @pytest.mark.parametrize(
@@ -856,7 +844,7 @@ def test_other_errors_of_the_caller_come_through() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"attack": "idgl"}, "attack: .*auto, dlg, idlg, got 'idgl'; did you mean"),
+        ({"attack": "idgl"}, "attack: .*auto, dlg, idlg.*, got 'idgl'; did you mean"),
         ({"iterations": 0}, "iterations: expected an integer of at least 1, got 0"),
         ({"restarts": -1}, "restarts: expected an integer of at least 1"),
         ({"seed": -1}, "seed: expected an integer of at least 0"),

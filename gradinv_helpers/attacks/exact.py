@@ -236,7 +236,7 @@ def _transpose(conv: nn.Conv2d, error: Tensor, shape: tuple[int, ...]) -> Tensor
             conv.weight.detach().double(),
             None,
             conv.stride,
-            conv.padding,  # type: ignore[arg-type]
+            conv.padding,
             conv.dilation,
         )
         return torch.autograd.grad(z, a, error[None])[0][0]
