@@ -11,7 +11,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 from pathlib import Path
 
@@ -494,12 +493,23 @@ def test_interrupt_in_the_attack_keeps_the_best(elsewhere, monkeypatch, capsys) 
 
 def test_a_real_interrupt(elsewhere) -> None:
     """SIGINT to a running process, as Ctrl-C sends it."""
-    code = (
-        "import signal, sys;"
-        "signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "from gradinv_helpers.cli import main;"
-        "main()"
-    )
+    code = """
+import signal, sys
+from gradinv_helpers.attacks import invert
+from gradinv_helpers.cli import main
+
+original = invert.Step
+
+
+def tell(**fields):
+    print("a step", file=sys.stderr, flush=True)
+    return original(**fields)
+
+
+invert.Step = tell
+signal.signal(signal.SIGINT, signal.default_int_handler)
+main()
+"""
     arguments = "invert --samples-per-client 8 --restarts 2 --no-judge --output-dir out"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *arguments.split()],
@@ -512,7 +522,8 @@ def test_a_real_interrupt(elsewhere) -> None:
     assert process.stderr is not None
     first = process.stderr.readline()
     assert first.startswith("inverting the updates")
-    time.sleep(1.5)
+    while process.stderr.readline() != "a step\n":
+        assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err

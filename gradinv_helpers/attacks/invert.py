@@ -84,7 +84,9 @@ class Reconstruction:
     Args:
         images: Shape (N, C, H, W) in [0, 1], float32, on the CPU.
         labels: Shape (N,).
-        losses: Matching loss of the chosen restart after each of ``iterations``.
+        losses: Loss of the chosen restart after each of ``iterations``: the matching
+            loss, plus the weighted total variation and the cost of values outside
+            [0, 1].
         iterations: Outer steps at which ``losses`` were taken.
         snapshots: Images (S, N, C, H, W) of the chosen restart on the way.
         snapshot_iterations: Outer steps at which ``snapshots`` were taken.
@@ -116,7 +118,7 @@ class Reconstruction:
 
     @property
     def loss(self) -> float:
-        """Matching loss of the result: relative squared error of its gradient."""
+        """Loss of the result; without total variation, its matching loss."""
         return self.losses[-1]
 
 
@@ -491,21 +493,32 @@ class _Problem:
         loss, derivatives = squared_error(gradients, [t[clients] for t in self.targets])
         to_images, to_targets = pullback(derivatives)
 
-        outside = images - images.clamp(0, 1)
-        loss = loss + _BOX_WEIGHT * outside.square().flatten(1).mean(1)
-        to_images = to_images + 2 * _BOX_WEIGHT / self.num_pixels * outside
-        if self.tv_weight:
-            with torch.enable_grad():
-                free = images.detach().requires_grad_()
-                roughness = total_variation(free, smoothing=_TV_SMOOTHING)
-                (slope,) = torch.autograd.grad(roughness.sum(), free)
-            loss = loss + self.tv_weight * roughness.detach()
-            to_images = to_images + self.tv_weight * slope
+        penalty, slope = self._penalty(images)
+        loss, to_images = loss + penalty, to_images + slope
         parts = [to_images.flatten(1)]
         if self.plan.labels is None:  # through the softmax
             mean = (targets * to_targets).sum(-1, keepdim=True)
             parts.append((targets * (to_targets - mean)).flatten(1))
         return loss, torch.cat(parts, 1)
+
+    def misfit(self, state: TrialState) -> float:
+        """The matching loss alone, without what the penalties add to the loss."""
+        penalty, _ = self._penalty(self.images(state.point)[None])
+        return state.loss - float(penalty)
+
+    def _penalty(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Cost (A,) of values outside [0, 1] and of total variation, and its slope."""
+        outside = images - images.clamp(0, 1)
+        cost = _BOX_WEIGHT * outside.square().flatten(1).mean(1)
+        slope = 2 * _BOX_WEIGHT / self.num_pixels * outside
+        if self.tv_weight:
+            with torch.enable_grad():
+                free = images.detach().requires_grad_()
+                roughness = total_variation(free, smoothing=_TV_SMOOTHING)
+                (steepness,) = torch.autograd.grad(roughness.sum(), free)
+            cost = cost + self.tv_weight * roughness.detach()
+            slope = slope + self.tv_weight * steepness
+        return cost, slope
 
     def _logits(self, points: Tensor) -> Tensor:
         return points[..., self.num_pixels :].unflatten(
@@ -665,7 +678,8 @@ class _Search:
     def _reason(self, slot: _Slot, state: TrialState, spent: int) -> str:
         if self.solved[slot.client]:
             return "another restart has matched the update"
-        if state.loss <= self.tolerance[slot.client]:
+        misfit = self.problem.misfit(state)
+        if misfit <= self.tolerance[slot.client]:
             self.solved[slot.client] = True
             noisy = self.tolerance[slot.client] > _MATCHED
             return "matched down to the noise" if noisy else "matched"
@@ -674,13 +688,14 @@ class _Search:
         trace = state.trace
         if len(trace) > _PATIENCE:
             if trace[-1] > (1 - _STANDSTILL) * trace[-1 - _PATIENCE]:
-                return f"{'stuck' if trace[-1] > _STUCK else 'standstill'}"
+                return "stuck" if misfit > _STUCK else "standstill"
         return ""
 
     def _replace(self, trial: int, state: TrialState) -> Tensor | None:
         """Record a restart that stopped; give a new start if it failed."""
         slot = self.slots[trial]
-        failed = not state.loss <= _STUCK and state.stopped != "all iterations used"
+        matches = self.problem.misfit(state) <= _STUCK
+        failed = not matches and state.stopped != "all iterations used"
         used = slot.begun + state.iterations
         left = self.iterations - slot.spent - used
         again = failed and left > 0 and not self.solved[slot.client]
