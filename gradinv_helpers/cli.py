@@ -185,7 +185,7 @@ def invert_command(
     ] = None,
     attack: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--attack", help="auto, dlg, idlg or exact."),
+        typer.Option("--attack", help="auto, dlg, idlg, inverting-gradients or exact."),
     ] = None,
     judge: Annotated[
         bool,

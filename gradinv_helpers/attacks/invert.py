@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gradinv_helpers.attacks.adam import SignedAdam
 from gradinv_helpers.attacks.exact import Certificate, invert_layer_by_layer
 from gradinv_helpers.attacks.gradients import GradientMap, Gradients, gradient_map
 from gradinv_helpers.attacks.labels import infer_labels
 from gradinv_helpers.attacks.matching import (
+    cosine_distance,
     normalized_groups,
     squared_error,
     squared_norm,
@@ -40,7 +42,13 @@ from gradinv_helpers.federated.aggregation import check_same_round
 from gradinv_helpers.priors.smoothness import total_variation
 from gradinv_helpers.updates import SharedUpdate
 
-ATTACKS: tuple[str, ...] = ("auto", "dlg", "idlg", "exact")
+ATTACKS: tuple[str, ...] = (
+    "auto",
+    "dlg",
+    "idlg",
+    "inverting-gradients",
+    "exact",
+)
 
 # A relative residual below this is a match. Single images of LeNet are then beyond
 # 45 dB, and the rounding of float32 stops most searches before 1e-10.
@@ -168,7 +176,9 @@ def invert(
     Args:
         update: What the server saw. A weight change must come from one SGD step.
         attack: ``dlg`` fits images and labels together; ``idlg`` first reads the
-            label off the gradient (one sample only); ``exact`` solves the layers one
+            label off the gradient (one sample only); ``inverting-gradients`` minimises
+            the cosine distance by signed Adam, which suits ReLU networks; ``exact``
+            solves the layers one
             after the other by linear algebra (one sample, chains of layers) and needs
             no iterations; ``auto`` takes ``idlg`` where it is exact and ``dlg``
             otherwise.
@@ -179,7 +189,8 @@ def invert(
             upper bound and say so.
         seed: Seed of the random starts; the same call gives the same result.
         init_scale: Standard deviation of the noise around grey (0.5) at the start.
-        tv_weight: Weight of the total variation of the images in the loss.
+        tv_weight: Weight of the total variation of the images in the loss. The recipe
+            of ``inverting-gradients`` needs some: 1e-2 is a good start.
         log_every: A snapshot is kept every so many iterations.
         on_step: Called after every iteration of every restart.
 
@@ -331,6 +342,7 @@ def _plan(
     given: Sequence[Tensor | Sequence[int]] | None,
 ) -> _Plan:
     one = updates[0].num_samples == 1
+    searched = "dlg" if attack in ("auto", "idlg") else attack
     if given is not None:
         if len(given) != len(updates):
             raise InputError(
@@ -342,18 +354,19 @@ def _plan(
         ]
         name = "dlg" if attack == "auto" else attack
         return _Plan(name, "labels were given", "given (upper bound)", known)
-    if attack == "idlg" or (attack == "auto" and one):
+    if attack == "idlg" or (attack != "dlg" and one):
         try:
             found = [infer_labels(update) for update in updates]
         except InputError as error:
             if attack == "idlg":
                 raise
             reason = f"the label cannot be read off: {error}"
-            return _Plan("dlg", reason, "fitted with the images", None)
+            return _Plan(searched, reason, "fitted with the images", None)
         reason = "one sample: its label stands in the last layer's gradient"
-        return _Plan("idlg", reason, "inferred (iDLG)", found)
+        name = "idlg" if attack == "auto" else attack
+        return _Plan(name, reason, "inferred (iDLG)", found)
     reason = "asked for" if attack == "dlg" else "several samples: labels are unknown"
-    return _Plan("dlg", reason, "fitted with the images", None)
+    return _Plan(searched, reason, "fitted with the images", None)
 
 
 def _checked_labels(given: Tensor | Sequence[int], update: SharedUpdate) -> Tensor:
@@ -385,6 +398,8 @@ class _Problem:
     ):
         first = updates[0]
         self.updates, self.plan, self.tv_weight = updates, plan, tv_weight
+        self.first_order = plan.attack == "inverting-gradients"
+        self.distance = cosine_distance if self.first_order else squared_error
         self.num_samples, self.shape = first.num_samples, first.image_shape
         # Normalised tensors cannot be turned into gradients, but a positive factor
         # does not matter once the dummy update is normalised as well.
@@ -490,7 +505,7 @@ class _Problem:
             chosen = torch.stack(self.plan.labels).to(clients.device)[clients]
             targets = F.one_hot(chosen, self.num_classes).to(points)
         gradients, pullback = self.map(images, targets)
-        loss, derivatives = squared_error(gradients, [t[clients] for t in self.targets])
+        loss, derivatives = self.distance(gradients, [t[clients] for t in self.targets])
         to_images, to_targets = pullback(derivatives)
 
         penalty, slope = self._penalty(images)
@@ -500,6 +515,11 @@ class _Problem:
             mean = (targets * to_targets).sum(-1, keepdim=True)
             parts.append((targets * (to_targets - mean)).flatten(1))
         return loss, torch.cat(parts, 1)
+
+    def project(self, points: Tensor) -> Tensor:
+        """The nearest points whose images lie in [0, 1]."""
+        images = points[..., : self.num_pixels].clamp(0, 1)
+        return torch.cat([images, points[..., self.num_pixels :]], -1)
 
     def misfit(self, state: TrialState) -> float:
         """The matching loss alone, without what the penalties add to the loss."""
@@ -608,12 +628,23 @@ class _Search:
 
     def _minimise(self, starts: list[Tensor]) -> bool:
         """Run the current slots from ``starts``; say whether it was left to finish."""
-        minimiser = Minimiser(
-            self._evaluate,
-            torch.stack(starts),
-            inspect=self._inspect,
-            replace=self._replace,
-        )
+        minimiser: Minimiser | SignedAdam
+        if self.problem.first_order:
+            minimiser = SignedAdam(
+                self._evaluate,
+                torch.stack(starts),
+                iterations=self.iterations,
+                project=self.problem.project,
+                inspect=self._inspect,
+                replace=self._replace,
+            )
+        else:
+            minimiser = Minimiser(
+                self._evaluate,
+                torch.stack(starts),
+                inspect=self._inspect,
+                replace=self._replace,
+            )
         try:
             minimiser.run()
         except KeyboardInterrupt:
@@ -686,7 +717,7 @@ class _Search:
         if spent >= self.iterations:
             return "all iterations used"
         trace = state.trace
-        if len(trace) > _PATIENCE:
+        if len(trace) > _PATIENCE and not self.problem.first_order:
             if trace[-1] > (1 - _STANDSTILL) * trace[-1 - _PATIENCE]:
                 return "stuck" if misfit > _STUCK else "standstill"
         return ""

@@ -33,6 +33,35 @@ def squared_error(dummy: Gradients, target: Gradients) -> tuple[Tensor, Gradient
     return squared_norm(errors) / scale, derivatives
 
 
+def cosine_distance(dummy: Gradients, target: Gradients) -> tuple[Tensor, Gradients]:
+    r"""One minus the cosine between two gradients, and its derivative.
+
+    :math:`D = 1 - \langle g', g \rangle / (\|g'\| \, \|g\|)`, over all layers as one
+    long vector. It is the squared error with an unknown positive scale profiled out:
+    :math:`\min_a \|g - a g'\|^2 = \|g\|^2 (1 - \cos^2)`.
+
+    Args:
+        dummy: One (T, ...) tensor per parameter: gradients of the dummy batches.
+        target: The shared gradient of every trial, same shapes.
+
+    Returns:
+        D (T,) in [0, 2], and its derivative with respect to every tensor of ``dummy``.
+
+    Source: Geiping et al. (2020), Eq. 4. Taught in: notebooks/02_dlg_four_steps.
+    """
+    length = squared_norm(dummy).sqrt().clamp_min(1e-30)
+    size = length * squared_norm(target).sqrt()
+    product = torch.stack(
+        [(g * t).flatten(1).sum(1) for g, t in zip(dummy, target, strict=True)]
+    ).sum(0)
+    cosine = product / size
+    derivatives = [
+        g * _like(cosine / length.square(), g) - t * _like(1 / size, t)
+        for g, t in zip(dummy, target, strict=True)
+    ]
+    return 1 - cosine, derivatives
+
+
 def squared_norm(gradients: Gradients) -> Tensor:
     """Sum of squares over all parameters, per trial: (T,)."""
     return torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0)
