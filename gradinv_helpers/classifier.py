@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from gradinv_helpers.compute import cpu_threads
+from gradinv_helpers.compute import cpu_threads, private_randomness
 from gradinv_helpers.errors import InputError, check_count, check_number, check_seed
 from gradinv_helpers.models import build_model
 
@@ -149,7 +149,7 @@ def train_classifier(
         network = _built(model, images, seed)
     history: list[EpochReport] = []
     work = _WORK_PER_PIXEL * min(batch_size, len(pixels)) * pixels[0, 0].numel()
-    with cpu_threads(work), _private_randomness(seed, torch.device(device)):
+    with cpu_threads(work), private_randomness(seed, torch.device(device)):
         network.to(device).train()
         steps = epochs * math.ceil(len(pixels) / batch_size)
         optimiser = torch.optim.Adam(network.parameters(), lr=lr)
@@ -222,16 +222,6 @@ def _warm_cosine(step: int, steps: int) -> float:
     if step < warm:
         return (step + 1) / warm
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-@contextmanager
-def _private_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch inside the block and restore its random state afterwards."""
-    cuda = device.type == "cuda"
-    devices = [torch.cuda.current_device()] if cuda else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
 
 
 @contextmanager

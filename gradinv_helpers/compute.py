@@ -58,3 +58,13 @@ def cpu_threads(work: int) -> Iterator[int]:
         yield wanted
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def private_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch inside the block and restore its random state afterwards."""
+    cuda = device.type == "cuda"
+    devices = [torch.cuda.current_device()] if cuda else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gradinv_helpers.compute import private_randomness
 from gradinv_helpers.data import Images
 from gradinv_helpers.errors import (
     InputError,
@@ -311,7 +313,8 @@ def local_update(
         model: The model received from the server; it is left as it was.
         images: The client's private images; pixels (N, C, H, W) in [0, 1].
         training: The recipe; one full-batch gradient (FedSGD) by default.
-        seed: Shuffles the images before every epoch; ``None`` keeps their order.
+        seed: Shuffles the images before every epoch and drives any dropout; ``None``
+            keeps the order, and dropout takes torch's global random state.
 
     Returns:
         The update, free of images and labels.
@@ -330,25 +333,28 @@ def local_update(
     trained = {n: p for n, p in worker.named_parameters() if p.requires_grad}
     if not trained:
         raise InputError("model", "at least one trainable parameter", "none")
-    before = {name: p.detach().clone() for name, p in trained.items()}
     first = next(iter(trained.values()))
     pixels = images.pixels.to(first.device, first.dtype)
     labels = images.labels.to(first.device)
 
-    if training.sends == "gradient":
-        loss = _cross_entropy(worker, pixels, labels)
-        gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-        tensors = {
-            name: torch.zeros_like(p) if g is None else g
-            for (name, p), g in zip(trained.items(), gradients, strict=True)
-        }
-    else:
-        optimiser = _optimiser(training, list(trained.values()))
-        for chosen in _batches(len(images), training, seed):
-            optimiser.zero_grad()
-            _cross_entropy(worker, pixels[chosen], labels[chosen]).backward()
-            optimiser.step()
-        tensors = {n: p.detach() - before[n] for n, p in trained.items()}
+    with ExitStack() as stack:
+        if seed is not None:
+            stack.enter_context(private_randomness(seed, first.device))
+        if training.sends == "gradient":
+            loss = _cross_entropy(worker, pixels, labels)
+            found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+            tensors = {
+                name: torch.zeros_like(p) if g is None else g
+                for (name, p), g in zip(trained.items(), found, strict=True)
+            }
+        else:
+            before = {name: p.detach().clone() for name, p in trained.items()}
+            optimiser = _optimiser(training, list(trained.values()))
+            for chosen in _batches(len(images), training, seed):
+                optimiser.zero_grad()
+                _cross_entropy(worker, pixels[chosen], labels[chosen]).backward()
+                optimiser.step()
+            tensors = {n: p.detach() - before[n] for n, p in trained.items()}
 
     buffers = _statistics(model, worker) if worker.training else {}
     return SharedUpdate(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradinv_helpers.data import Images
+from gradinv_helpers.data import Images, load_images
 from gradinv_helpers.errors import InputError
 from gradinv_helpers.models import build_model
 from gradinv_helpers.updates import LocalTraining, SharedUpdate, local_update
@@ -603,3 +603,18 @@ def test_replace_tensors_changes_only_what_is_named() -> None:
     assert other.num_samples == update.num_samples
     with pytest.raises(TypeError):
         update.replace_tensors(zeros, images=some_images())
+
+
+def test_a_seed_drives_dropout_and_leaves_the_global_state() -> None:
+    images = load_images("digits", split="test")[[0, 1, 2]]
+    torch.manual_seed(0)
+    layers = [nn.Flatten(), nn.Linear(64, 32), nn.Dropout(0.5), nn.Linear(32, 10)]
+    model = nn.Sequential(*layers).train()
+    state = torch.get_rng_state()
+    first = local_update(model, images, seed=1)
+    again = local_update(model, images, seed=1)
+    other = local_update(model, images, seed=2)
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, tensor in first.tensors.items():
+        assert torch.equal(tensor, again.tensors[name])
+    assert not torch.equal(first.tensors["1.weight"], other.tensors["1.weight"])
