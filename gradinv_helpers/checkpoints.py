@@ -143,8 +143,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict | None]:
             "such a file can run code, so it was not opened; save tensors only",
         ) from error
     except Exception as error:  # every way in which a damaged file can fail
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise _damaged(path, reason) from error
+        raise _damaged(path, "it cannot be read in this format") from error
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor)
         for name, value in state.items()

@@ -210,6 +210,12 @@ def invert_command(
     """
     from gradinv_helpers.experiment import InversionOptions, run_inversion
 
+    if model is not None and model_checkpoint is not None:
+        raise InputError(
+            "model",
+            "nothing beside --model-checkpoint, which says which model it holds",
+            repr(model),
+        )
     settings = load_config(config)
     group = settings.invert
     common = _common(settings, dataset, data_root, device, seed, "photos")
@@ -238,6 +244,8 @@ def invert_command(
         result = run_inversion(options, on_stage=stage, on_step=watch)
     for name, found in result.scores.items():
         typer.echo(f"\n{name}\n{found.table()}")
+        if name in result.judged:
+            typer.echo(result.judged[name])
     typer.echo(f"\nwrote to {Path(options.output_dir)}:")
     typer.echo("  " + "\n  ".join(path.name for path in result.files))
     if result.interrupted:

@@ -154,8 +154,8 @@ def load_config(path: str | Path | None = None) -> Settings:
 
     Without ``path``, ``config.json`` is looked for in the current folder and up to
     four of its parents. A file there counts only if its ``$schema`` names
-    ``config.schema.json``, because other programs use the same file name. If there is
-    none, the defaults are returned.
+    ``config.schema.json`` or if it has a group ``invert`` or ``train_global``, because
+    other programs use the same file name. If there is none, the defaults are returned.
 
     Args:
         path: The file; it need not hold every key.
@@ -197,8 +197,9 @@ def _read(file: Path) -> str:
 
 
 def _is_ours(text: str) -> bool:
-    """Say whether a file names our schema, even if the rest of it is broken."""
-    return bool(re.search(r'"\$schema"\s*:\s*"[^"]*config\.schema\.json"', text))
+    """Say whether a file names our schema or our groups, even if it is broken."""
+    schema = r'"\$schema"\s*:\s*"[^"]*config\.schema\.json"'
+    return bool(re.search(schema + r'|"(invert|train_global)"\s*:', text))
 
 
 class _DoubleKeyError(ValueError):

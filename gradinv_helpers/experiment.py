@@ -9,7 +9,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -111,11 +111,14 @@ class InversionResult:
         scores: Score of every attacked update by its name, such as ``client_0``.
         files: Files written, in order.
         interrupted: Whether Ctrl-C cut the attack short.
+        judged: For every attacked update, how far the judge can be trusted on its
+            true images; empty without a judge.
     """
 
     scores: dict[str, LeakageScore]
     files: tuple[Path, ...]
     interrupted: bool
+    judged: dict[str, str]
 
 
 def run_inversion(
@@ -146,7 +149,8 @@ def run_inversion(
         pool[list(chosen[start : start + options.samples_per_client])]
         for start in range(0, len(chosen), options.samples_per_client)
     ]
-    model = _server_model(options, pool)
+    model, architecture = _server_model(options, pool)
+    options = replace(options, model=architecture)
     folder = prepare_folder(options.output_dir)
     updates = _updates(options, model, clients)
     judge = None
@@ -156,7 +160,7 @@ def run_inversion(
 
     report = _Report(options, folder, pool, judge)
     if options.reconstruct_mode != "aggregated":
-        on_stage(f"inverting the updates of {len(clients)} clients")
+        on_stage(f"inverting the updates, number of clients: {len(clients)}")
         found = invert_clients(updates, **_attack_settings(options), on_step=on_step)
         for number, reconstruction in enumerate(found):
             name = f"client_{number}"
@@ -164,13 +168,15 @@ def run_inversion(
             indices = chosen[start : start + options.samples_per_client]
             report.add(name, reconstruction, clients[number], indices)
     if options.reconstruct_mode != "per-client" and not report.interrupted:
-        on_stage(f"inverting the aggregate of {len(clients)} clients")
+        on_stage(f"inverting the aggregate, number of clients: {len(clients)}")
         reconstruction = invert(
             _aggregate(options, updates), **_attack_settings(options), on_step=on_step
         )
         report.add("aggregate", reconstruction, pool[list(chosen)], chosen)
     report.finish(pool[list(chosen)], chosen, time.perf_counter() - begun)
-    return InversionResult(report.scores, tuple(report.files), report.interrupted)
+    return InversionResult(
+        report.scores, tuple(report.files), report.interrupted, report.judged
+    )
 
 
 def choose_victims(options: InversionOptions, available: int) -> tuple[int, ...]:
@@ -209,30 +215,28 @@ def choose_victims(options: InversionOptions, available: int) -> tuple[int, ...]
     return indices
 
 
-def _server_model(options: InversionOptions, pool: Images) -> nn.Module:
+def _server_model(options: InversionOptions, pool: Images) -> tuple[nn.Module, str]:
+    """The model under attack and the name of its architecture."""
     device = resolve_device(options.device)
     if options.model_checkpoint is not None:
         model, info = load_checkpoint(options.model_checkpoint)
         channels, size, _ = pool.shape
-        fits = info is not None and (info.in_channels, info.image_size) == (
-            channels,
-            size,
-        )
-        if not fits:
-            raise InputError(
-                "model_checkpoint",
-                f"a model for {channels} x {size} x {size} images",
-                f"one for {info}",
-            )
-        return model.to(device)
+        expected = f"a model for {channels} x {size} x {size} images"
+        if info is None:
+            raise InputError("model_checkpoint", expected, "one that does not say")
+        if (info.in_channels, info.image_size) != (channels, size):
+            found = f"{info.in_channels} x {info.image_size} x {info.image_size}"
+            raise InputError("model_checkpoint", expected, f"{info.name} for {found}")
+        return model.to(device), info.name
     channels, size, _ = pool.shape
-    return build_model(
+    fresh = build_model(
         options.model,
         in_channels=channels,
         image_size=size,
         num_classes=max(2, pool.num_classes),
         seed=options.seed,
-    ).to(device)
+    )
+    return fresh.to(device), options.model
 
 
 def _updates(
@@ -303,6 +307,7 @@ class _Report:
         self.scores: dict[str, LeakageScore] = {}
         self.files: list[Path] = []
         self.interrupted = False
+        self.judged: dict[str, str] = {}
         self.results: dict[str, dict[str, Any]] = {}
         self.shown: dict[str, dict[int, tuple[torch.Tensor, float]]] = {}
 
@@ -354,6 +359,9 @@ class _Report:
                 **result.to_dict(),
             },
         )
+        if self.judge is not None:
+            right = int((self.judge.predict(truth) == truth.labels).sum())
+            self.judged[name] = f"the judge knows {right} of {len(truth)} true images"
         self.results[name] = attack | {
             "seconds": round(reconstruction.seconds, 3),
             "summary": result.to_dict()["summary"],

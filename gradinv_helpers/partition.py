@@ -1,6 +1,6 @@
 """Divide images among the clients of a federation.
 
-Taught in: notebooks/07_iid_noniid.
+Taught in: notebooks/01_fl_guarantees.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def partition(
     Source: ``shards`` from McMahan et al. (2017), Section 3; ``dirichlet`` as in
     Yurochkin et al. (2019), Section 4, with the concentration read as the degree of
     heterogeneity, as in Hsu et al. (2019), Section 3.
-    Taught in: notebooks/07_iid_noniid.
+    Taught in: notebooks/01_fl_guarantees.
     """
     check_choice("scheme", scheme, get_args(Scheme))
     check_count("clients", clients)

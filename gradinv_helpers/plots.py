@@ -414,7 +414,7 @@ def bars(
     Raises:
         InputError: No values, or a value that is not finite.
 
-    Taught in: notebooks/03_stronger_matching
+    Taught in: notebooks/02_dlg_four_steps
     """
     groups = _checked_groups({name: [value] for name, value in values.items()})
     names = list(groups)

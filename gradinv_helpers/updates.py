@@ -206,6 +206,13 @@ class SharedUpdate:
             for name, delta in self.tensors.items()
         }
 
+    def __repr__(self) -> str:
+        entries = sum(t.numel() for t in self.tensors.values())
+        return (
+            f"SharedUpdate({self.kind} of {self.num_samples} samples, "
+            f"{entries} numbers for {type(self.model).__name__})"
+        )
+
     def __reduce__(self) -> tuple[object, ...]:
         # Read-only mappings cannot be pickled; the checks run again on the way back.
         fields = {name: getattr(self, name) for name in self.__slots__}

@@ -101,7 +101,7 @@ def explorer2(
     Raises:
         InputError: As for ``explorer``, or a combination without a picture.
 
-    Taught in: notebooks/03_stronger_matching
+    Taught in: notebooks/02_dlg_four_steps
     """
     import ipywidgets
 

@@ -15,3 +15,14 @@ def test_api_page_lists_every_public_name(root: Path) -> None:
     public = {name for name in gi.__all__ if not name.startswith("_")}
     assert modules >= {"plots", "widgets"}
     assert public - modules == listed
+
+
+def test_taught_in_names_a_chapter_that_exists(root: Path) -> None:
+    chapters = {path.stem for path in (root / "notebooks").glob("*.ipynb")}
+    named = {
+        name
+        for path in (root / "gradinv_helpers").rglob("*.py")
+        for name in re.findall(r"notebooks/(\w+)", path.read_text("utf-8"))
+    }
+    assert named
+    assert named <= chapters
