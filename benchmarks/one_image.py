@@ -34,8 +34,9 @@ def main() -> None:
     parser.add_argument("--restarts", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--model", default="lenet")
+    parser.add_argument("--attack", default="auto")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--name", help="name of the result; the data set by default")
+    parser.add_argument("--name", help="of the result; data set and attack by default")
     options = parser.parse_args()
 
     pool = gi.load_images(options.dataset, data_root=options.data_root, split="test")
@@ -56,6 +57,7 @@ def main() -> None:
     begun = time.perf_counter()
     found = gi.invert_clients(
         updates,
+        attack=options.attack,
         restarts=options.restarts,
         iterations=options.iterations,
         seed=options.seed,
@@ -72,8 +74,10 @@ def main() -> None:
     print(f"worst {min(psnr):.1f} dB; best constant image {statistics.mean(floor):.1f}")
     print(f"labels right: {sum(right)} of {len(right)}")
     print(f"{seconds:.0f} s, {seconds / len(psnr):.2f} s per image")
+    searched = "" if options.attack == "auto" else f"_{options.attack}"
+    name = options.name or f"{options.dataset}{searched}"
     path = write_json(
-        RESULTS / f"one_image_{options.name or options.dataset}.json",
+        RESULTS / f"one_image_{name}.json",
         {
             "command": "python benchmarks/one_image.py",
             "options": {k: v for k, v in vars(options).items() if k != "data_root"},

@@ -17,6 +17,8 @@ Taught in: notebooks/02_dlg_four_steps.
 
 from __future__ import annotations
 
+import copy
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,6 +33,7 @@ from gradinv_helpers.updates import SharedUpdate
 
 if TYPE_CHECKING:
     import numpy as np
+    from scipy.sparse import csr_matrix
 
 # Activations at their limits have no inverse; this far inside it is still accurate.
 _EDGE = 1e-12
@@ -312,38 +315,42 @@ def _taps(conv: nn.Conv2d, shape: tuple[int, ...]) -> np.ndarray:
     return columns[0].long().numpy() - 1
 
 
-def _forward_equations(weight, taps, shape):  # type: ignore[no-untyped-def]
-    """Sparse rows (output channel, place) of W * a."""
-    return _assemble(
-        taps, shape, lambda o, tap, place: weight[o, tap], len(weight), False
-    )
+def _forward_equations(
+    weight: np.ndarray, taps: np.ndarray, shape: tuple[int, ...]
+) -> csr_matrix:
+    """Sparse rows (output channel, place) of W * a; weight (O, C*k*k)."""
+    tap, place = (taps >= 0).nonzero()
+    return _assemble(taps[tap, place], place, weight[:, tap], taps.shape[1], shape)
 
 
-def _gradient_equations(error, taps, shape):  # type: ignore[no-untyped-def]
-    """Sparse rows (output channel, tap) of e correlated with a."""
-    return _assemble(
-        taps, shape, lambda o, tap, place: error[o, place], len(error), True
-    )
+def _gradient_equations(
+    error: np.ndarray, taps: np.ndarray, shape: tuple[int, ...]
+) -> csr_matrix:
+    """Sparse rows (output channel, tap) of e correlated with a; error (O, P)."""
+    tap, place = (taps >= 0).nonzero()
+    return _assemble(taps[tap, place], tap, error[:, place], taps.shape[0], shape)
 
 
-def _assemble(taps, shape, value, channels, by_tap):  # type: ignore[no-untyped-def]
+def _assemble(
+    column: np.ndarray,
+    row: np.ndarray,
+    data: np.ndarray,
+    height: int,
+    shape: tuple[int, ...],
+) -> csr_matrix:
+    """Stack one block of ``height`` rows per output channel; data (O, entries)."""
     import numpy as np
     from scipy.sparse import csr_matrix
 
-    tap, place = np.nonzero(taps >= 0)
-    column = taps[tap, place]
-    height = taps.shape[0] if by_tap else taps.shape[1]
-    row = tap if by_tap else place
-    rows = np.concatenate([o * height + row for o in range(channels)])
-    data = np.concatenate([value(o, tap, place) for o in range(channels)])
-    size = (channels * height, int(np.prod(shape)))
-    return csr_matrix((data, (rows, np.tile(column, channels))), shape=size)
+    channels = len(data)
+    rows = (np.arange(channels)[:, None] * height + row).reshape(-1)
+    columns = np.tile(column, channels)
+    size = (channels * height, math.prod(shape))
+    return csr_matrix((data.reshape(-1), (rows, columns)), shape=size)
 
 
 def _residual(update: SharedUpdate, image: Tensor, label: Tensor) -> float:
     """Relative squared distance between the answer's gradient and the update."""
-    import copy
-
     model = copy.deepcopy(update.model).double()
     stated = update.gradient()
     classes = list(model.parameters())[-1].shape[0]
