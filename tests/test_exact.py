@@ -137,3 +137,34 @@ def test_other_updates_are_refused(photos: gi.Images) -> None:
     without_bias = nn.Sequential(nn.Flatten(), nn.Linear(768, 10, bias=False))
     with pytest.raises(gi.InputError, match="biases"):
         gi.invert(gi.local_update(without_bias, photos[[0]]), attack="exact")
+
+
+def test_chains_that_are_more_than_their_layers_are_refused(photos: gi.Images) -> None:
+    class Twice(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * 2
+
+    layers = [nn.Flatten(), nn.Linear(768, 20), nn.Sigmoid(), nn.Linear(20, 10)]
+    frozen = nn.Sequential(*layers)
+    update = gi.local_update(Twice(*layers), photos[[0]])
+    with pytest.raises(gi.InputError, match="Twice"):
+        gi.invert(update, attack="exact")
+    frozen[1].bias.requires_grad_(False)
+    with pytest.raises(gi.InputError, match="frozen"):
+        gi.invert(gi.local_update(frozen, photos[[0]]), attack="exact")
+
+
+def test_an_activation_used_twice_counts_twice(photos: gi.Images) -> None:
+    torch.manual_seed(0)
+    tanh = nn.Tanh()
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        tanh,
+        nn.Conv2d(8, 8, 3, padding=1),
+        tanh,
+        nn.Flatten(),
+        nn.Linear(8 * 16 * 16, 10),
+    )
+    image, _, certificate = invert_layer_by_layer(gi.local_update(model, photos[[0]]))
+    assert certificate.exact
+    assert error(image, photos[[0]]) < 1e-2

@@ -61,12 +61,19 @@ def linear_layer_input(update: SharedUpdate, layer: str | None = None) -> Tensor
     plain = recipe.optimiser != "adam" and recipe.weight_decay == 0
     gradient = dict(update.tensors) if plain else update.gradient()
     weight, bias = gradient[f"{prefix}weight"], gradient[f"{prefix}bias"]
-    size = bias.square().sum()
-    if float(size) == 0:
+    if not bool(bias.any()):
         raise InputError(
             "update",
             f"a non-zero bias gradient in layer {layer!r}",
             "all zeros",
             "no unit of this layer was active; try another layer",
         )
-    return weight.T @ bias / size
+    return solve_linear_layer(weight, bias)
+
+
+def solve_linear_layer(weight_gradient: Tensor, bias_gradient: Tensor) -> Tensor:
+    """Input (in_features,) of a linear layer, from its two gradients for one sample.
+
+    The least-squares solution of ``weight_gradient = bias_gradient x^T``.
+    """
+    return weight_gradient.T @ bias_gradient / bias_gradient.square().sum()

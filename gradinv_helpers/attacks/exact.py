@@ -26,7 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradinv_helpers.attacks.gradients import gradient_map
+from gradinv_helpers.attacks.analytic import solve_linear_layer
+from gradinv_helpers.attacks.gradients import (
+    gradient_map,
+    is_plain_chain,
+    modules_in_order,
+)
 from gradinv_helpers.attacks.matching import squared_error
 from gradinv_helpers.errors import InputError
 from gradinv_helpers.updates import SharedUpdate
@@ -142,12 +147,12 @@ def invert_layer_by_layer(update: SharedUpdate) -> tuple[Tensor, Tensor, Certifi
         if isinstance(layer, nn.Linear):
             error = gradient[f"{name}.bias"]
             label = error.argmin().reshape(1).cpu() if not solved else label
-            size = error.square().sum()
-            if float(size) == 0:
+            if not bool(error.any()):
                 raise InputError("update", f"a gradient in layer {name}", "all zeros")
-            value = gradient[f"{name}.weight"].T @ error / size
-            rows = gradient[f"{name}.weight"].numel()
-            solved.append(LayerSolution(name, len(value), rows, 1.0))
+            weight_gradient = gradient[f"{name}.weight"]
+            value = solve_linear_layer(weight_gradient, error)
+            equations = weight_gradient.numel()
+            solved.append(LayerSolution(name, len(value), equations, 1.0))
             error = layer.weight.detach().double().T @ error
         elif isinstance(layer, nn.Conv2d):
             assert error is not None
@@ -174,21 +179,20 @@ def invert_layer_by_layer(update: SharedUpdate) -> tuple[Tensor, Tensor, Certifi
 def _supported_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The layers in order, or an error that names the first one without an inverse."""
     kinds = (nn.Linear, nn.Conv2d, nn.Flatten, nn.Sigmoid, nn.Tanh, nn.ReLU)
-    if not isinstance(model, nn.Sequential):
+    if type(model) is not nn.Sequential:
         raise _unsupported(type(model).__name__)
-    layers = [(n, m) for n, m in model.named_modules() if not list(m.children())]
+    names = {id(module): name for name, module in model.named_modules()}
+    layers = [(names[id(module)], module) for module in modules_in_order(model)]
     for name, layer in layers:
         weighted = isinstance(layer, nn.Linear | nn.Conv2d)
-        plain = not isinstance(layer, nn.Conv2d) or (
-            layer.groups == 1
-            and layer.padding_mode == "zeros"
-            and not isinstance(layer.padding, str)
-        )
         biased = not weighted or getattr(layer, "bias", None) is not None
-        if not isinstance(layer, kinds) or not plain or not biased:
+        if not isinstance(layer, kinds) or not biased:
             raise _unsupported(f"layer {name}: {layer}")
-    if not layers or not isinstance(layers[-1][1], nn.Linear):
-        raise _unsupported("a model that does not end with a linear layer")
+    if not is_plain_chain(model):
+        raise _unsupported(
+            "a chain with hooks, frozen or shared weights, unusual settings of a "
+            "layer, or no linear layer at its end"
+        )
     return layers
 
 

@@ -301,11 +301,20 @@ class _Flatten:
 _Layer = _Linear | _Conv | _Activation | _MaxPool | _Flatten
 
 
+def is_plain_chain(model: nn.Module) -> bool:
+    """Whether a model is no more than its layers, one after the other.
+
+    Subclasses of ``nn.Sequential``, hooks, frozen or shared weights say no, and so do
+    layers other than the common ones.
+    """
+    return _chain_layers(model) is not None
+
+
 def _chain_layers(model: nn.Module) -> list[_Layer] | None:
     """The layers of a plain chain, or ``None`` where the model is something else."""
     if type(model) is not nn.Sequential:  # a subclass may do more than its layers
         return None
-    modules = _in_order(model)
+    modules = modules_in_order(model)
     layers: list[_Layer] = []
     for module in modules:
         layer = _chain_layer(module)
@@ -334,12 +343,14 @@ def _chain_layers(model: nn.Module) -> list[_Layer] | None:
     return layers if plain else None
 
 
-def _in_order(model: nn.Sequential) -> list[nn.Module]:
+def modules_in_order(model: nn.Sequential) -> list[nn.Module]:
     """The modules that a batch passes, those that are used twice also twice."""
     return [
         inner
         for module in model
-        for inner in (_in_order(module) if type(module) is nn.Sequential else [module])
+        for inner in (
+            modules_in_order(module) if type(module) is nn.Sequential else [module]
+        )
     ]
 
 

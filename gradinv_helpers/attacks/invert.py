@@ -628,6 +628,8 @@ class _Search:
 
     def _minimise(self, starts: list[Tensor]) -> bool:
         """Run the current slots from ``starts``; say whether it was left to finish."""
+        clients = [slot.client for slot in self.slots]
+        self.clients = torch.tensor(clients, device=self.problem.like.device)
         minimiser: Minimiser | SignedAdam
         if self.problem.first_order:
             minimiser = SignedAdam(
@@ -681,8 +683,7 @@ class _Search:
         return self.problem.start(generator, self.init_scale)
 
     def _evaluate(self, points: Tensor, trials: Tensor) -> tuple[Tensor, Tensor]:
-        clients = torch.tensor([slot.client for slot in self.slots])
-        return self.problem.evaluate(points, clients.to(trials.device)[trials])
+        return self.problem.evaluate(points, self.clients[trials])
 
     def _inspect(self, trial: int, state: TrialState) -> str:
         """A reason to stop a restart after an iteration, or nothing."""
