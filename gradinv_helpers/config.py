@@ -52,8 +52,8 @@ class InvertSettings(_Group):
     init_scale: NotNegative = Field(
         default=0.05, description="Standard deviation of the dummy start"
     )
-    tv_weight: NotNegative = Field(
-        default=0.0, description="Weight of the total variation"
+    tv_weight: NotNegative | None = Field(
+        default=None, description="Weight of the total variation; null: the attack's"
     )
     agg_lr: Positive = Field(
         default=0.1, description="Step size of the aggregated step"

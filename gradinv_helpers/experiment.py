@@ -69,7 +69,7 @@ class InversionOptions:
     restarts: int
     dummy_seed: int
     normalize_gradients: bool
-    tv_weight: float
+    tv_weight: float | None
     init_scale: float
     apply_agg_step: bool
     agg_lr: float
@@ -77,6 +77,7 @@ class InversionOptions:
     model_checkpoint: str | None
     attack: str
     judge: bool
+    resume: bool = False
 
     def __post_init__(self) -> None:
         for name in (
@@ -89,7 +90,8 @@ class InversionOptions:
             check_count(name, getattr(self, name))
         check_seed("seed", self.seed)
         check_seed("dummy_seed", self.dummy_seed)
-        check_number("tv_weight", self.tv_weight)
+        if self.tv_weight is not None:
+            check_number("tv_weight", self.tv_weight)
         check_number("init_scale", self.init_scale)
         check_number("agg_lr", self.agg_lr, exclusive=True)
         check_choice("reconstruct_mode", self.reconstruct_mode, MODES)
@@ -161,7 +163,12 @@ def run_inversion(
     report = _Report(options, folder, pool, judge)
     if options.reconstruct_mode != "aggregated":
         on_stage(f"inverting the updates, number of clients: {len(clients)}")
-        found = invert_clients(updates, **_attack_settings(options), on_step=on_step)
+        found = invert_clients(
+            updates,
+            **_attack_settings(options),
+            on_step=on_step,
+            checkpoint=_checkpoint(options, folder, "clients"),
+        )
         for number, reconstruction in enumerate(found):
             name = f"client_{number}"
             start = number * options.samples_per_client
@@ -170,7 +177,10 @@ def run_inversion(
     if options.reconstruct_mode != "per-client" and not report.interrupted:
         on_stage(f"inverting the aggregate, number of clients: {len(clients)}")
         reconstruction = invert(
-            _aggregate(options, updates), **_attack_settings(options), on_step=on_step
+            _aggregate(options, updates),
+            **_attack_settings(options),
+            on_step=on_step,
+            checkpoint=_checkpoint(options, folder, "aggregate"),
         )
         report.add("aggregate", reconstruction, pool[list(chosen)], chosen)
     report.finish(pool[list(chosen)], chosen, time.perf_counter() - begun)
@@ -255,6 +265,15 @@ def _aggregate(
     if options.normalize_gradients:
         updates = [normalize(update) for update in updates]
     return aggregate(updates)
+
+
+def _checkpoint(options: InversionOptions, folder: Path, name: str) -> Path:
+    """The file that keeps a search; what an earlier run left is used or removed."""
+    path = folder / f"{name}.checkpoint.safetensors"
+    if not options.resume:
+        for old in folder.glob(f"{name}.checkpoint*.safetensors"):
+            old.unlink()
+    return path
 
 
 def _attack_settings(options: InversionOptions) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import gradinv_helpers as gi
-from gradinv_helpers.attacks.adam import SignedAdam
+from gradinv_helpers.attacks.adam import Adam
 from gradinv_helpers.attacks.matching import cosine_distance
 from gradinv_helpers.attacks.optimise import TrialState
 
@@ -49,7 +49,7 @@ def solve(
             return torch.full_like(state.point, 0.25)
         return None
 
-    return SignedAdam(
+    return Adam(
         objective,
         starts,
         iterations=iterations,

@@ -253,6 +253,9 @@ def test_settings_reach_the_attack(monkeypatch, tmp_path: Path) -> None:
     for name in ("invert", "invert_clients"):
         ((_, settings),) = calls[name]
         settings.pop("on_step")
+        stem = "aggregate" if name == "invert" else "clients"
+        path = tmp_path / f"{stem}.checkpoint.safetensors"
+        assert settings.pop("checkpoint") == path
         assert settings == {
             "attack": "dlg",
             "iterations": 2,
@@ -437,10 +440,19 @@ def test_ctrl_c_during_the_attack_keeps_the_best_so_far(tmp_path: Path, mode) ->
     names = ["aggregate"] if mode == "aggregated" else ["client_0", "client_1"]
     assert list(result.scores) == names
     expected = {pattern.format(name) for name in names for pattern in PER_UPDATE}
-    assert content(tmp_path) == expected | {"summary.png", "run.json"}
+    stem = "aggregate" if mode == "aggregated" else "clients"
+    expected |= {"summary.png", "run.json", f"{stem}.checkpoint.safetensors"}
+    assert content(tmp_path) == expected
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["interrupted"] is True
     assert record["results"][names[0]]["stopped"] == "interrupted"
+
+    begun: list[int] = []
+    again = dataclasses.replace(chosen, resume=True, iterations=4)
+    finished = run_inversion(again, on_step=lambda step: begun.append(step.iteration))
+    assert begun[0] >= 1  # it goes on, where a new search would begin at 0
+    assert not finished.interrupted
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_ctrl_c_in_the_second_stage_keeps_the_first(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
-"""Signed Adam for many independent problems at once."""
+"""Adam and signed Adam for many independent problems at once.
+
+Taught in: notebooks/03_stronger_matching.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,8 +23,8 @@ _DECAY_AT = (3 / 8, 5 / 8, 7 / 8)
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
 
 
-class SignedAdam:
-    """Adam on the signs of the gradient, with a step that falls three times.
+class Adam:
+    """Adam, on the gradient or on its signs, with a step that falls three times.
 
     The sign makes every pixel move at the same speed, however small its gradient,
     which helps where the loss is flat or jagged, as behind ReLU. The step is divided
@@ -35,12 +38,15 @@ class SignedAdam:
         project: Maps points (A, n) to the nearest allowed ones.
         inspect: As for ``Minimiser``.
         replace: As for ``Minimiser``; a replaced trial gets the whole schedule.
+        signed: Whether only the signs of the gradient count, as in Inverting Gradients.
+        begun: Iterations that every trial has behind it, for one that is taken up
+            again: its step has fallen accordingly.
 
     Attributes:
         states: The latest state of every trial, also after an interruption.
 
     Source: Geiping et al. (2020), Section 5 and Appendix A.
-    Taught in: notebooks/02_dlg_four_steps.
+    Taught in: notebooks/03_stronger_matching.
     """
 
     def __init__(
@@ -52,9 +58,12 @@ class SignedAdam:
         project: Callable[[Tensor], Tensor],
         inspect: Inspector,
         replace: Replacer,
+        signed: bool = True,
+        begun: Sequence[int] | None = None,
     ):
         self.objective, self.project = objective, project
-        self.inspect, self.replace = inspect, replace
+        self.inspect, self.replace, self.signed = inspect, replace, signed
+        self.before = [b * UPDATES_PER_ITERATION for b in begun or [0] * len(starts)]
         self.budget = iterations * UPDATES_PER_ITERATION
         self.states = [TrialState(point=start.clone()) for start in starts]
         self.trials = list(range(len(starts)))
@@ -94,11 +103,13 @@ class SignedAdam:
     def _move(self, rows: list[int], gradient: Tensor) -> None:
         """One step of Adam for the trials in ``rows``; their measured points stay."""
         states = [self.states[self.trials[row]] for row in rows]
-        sign = torch.sign(gradient[rows])
+        slope = torch.sign(gradient[rows]) if self.signed else gradient[rows]
         count = torch.tensor([state.updates for state in states]).to(self.x)[:, None]
-        passed = sum((count >= share * self.budget).to(self.x) for share in _DECAY_AT)
-        self.mean[rows] = _BETA1 * self.mean[rows] + (1 - _BETA1) * sign
-        self.square[rows] = _BETA2 * self.square[rows] + (1 - _BETA2) * sign.square()
+        before = [self.before[self.trials[row]] for row in rows]
+        spent = count + torch.tensor(before).to(self.x)[:, None]
+        passed = sum((spent >= share * self.budget).to(self.x) for share in _DECAY_AT)
+        self.mean[rows] = _BETA1 * self.mean[rows] + (1 - _BETA1) * slope
+        self.square[rows] = _BETA2 * self.square[rows] + (1 - _BETA2) * slope.square()
         mean = self.mean[rows] / (1 - _BETA1 ** (count + 1))
         square = self.square[rows] / (1 - _BETA2 ** (count + 1))
         step = _STEP * 0.1**passed * mean / (square.sqrt() + _EPSILON)
@@ -118,7 +129,7 @@ class SignedAdam:
             if start is None:
                 leaving.append(row)
                 continue
-            self.states[trial] = TrialState(point=start.clone())
+            self.states[trial], self.before[trial] = TrialState(start.clone()), 0
             self.x[row], self.mean[row], self.square[row] = start, 0, 0
         rows = [row for row in range(len(self.trials)) if row not in leaving]
         if leaving:
