@@ -1029,3 +1029,44 @@ def test_a_recipe_is_not_mixed_with_algebra() -> None:
         invert(update_of(digits(1)), distance="manhattan")
     with pytest.raises(InputError, match="optimiser: expected one of"):
         invert(update_of(digits(1)), optimiser="sgd")
+
+
+def test_levenberg_marquardt_finds_all_digits_of_the_gradient() -> None:
+    truth = digits(1)
+    update = update_of(truth)
+    found = invert(
+        update, optimiser="levenberg-marquardt", iterations=20, restarts=1
+    )
+    assert found.stopped == "matched"
+    assert found.loss < 1e-12
+    assert psnr(found, truth)[0] > 80
+    assert len(found.losses) < 20
+    assert found.losses[-1] < found.losses[-3] ** 1.5  # faster than any fixed factor
+
+
+def test_levenberg_marquardt_stands_in_a_batch_where_the_gradient_is_silent() -> None:
+    """It matches two images behind LeNet exactly, and they are not the true ones."""
+    truth = digits(1, 2)
+    found = invert(
+        local_update(model_for(truth).double(), truth),
+        optimiser="levenberg-marquardt",
+        labels=truth.labels,
+        iterations=40,
+        restarts=1,
+    )
+    assert found.loss < 1e-8
+    assert found.label_source == "given (upper bound)"
+
+
+@pytest.mark.parametrize(
+    ("settings", "got"),
+    [
+        ({"attack": "dlg"}, "labels to be fitted"),
+        ({"distance": "cosine"}, "another distance"),
+        ({"tv_weight": 0.1}, "total variation of weight 0.1"),
+    ],
+)
+def test_levenberg_marquardt_needs_squares(settings, got: str) -> None:
+    message = f"optimiser: expected known labels and the squared error alone .*{got}"
+    with pytest.raises(InputError, match=message):
+        invert(update_of(digits(1)), optimiser="levenberg-marquardt", **settings)

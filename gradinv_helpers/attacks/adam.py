@@ -5,6 +5,7 @@ Taught in: notebooks/03_stronger_matching.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -68,6 +69,7 @@ class Adam:
         self.states = [TrialState(point=start.clone()) for start in starts]
         self.trials = list(range(len(starts)))
         self.x = starts.clone()
+        self.best = [(math.inf, start) for start in starts]  # lowest loss, its point
         self.mean = torch.zeros_like(starts)
         self.square = torch.zeros_like(starts)
 
@@ -89,6 +91,8 @@ class Adam:
             state.evaluations += 1
             state.loss = losses[row]
             state.point = self.x[row]
+            if sound[row] and losses[row] < self.best[trial][0]:
+                self.best[trial] = losses[row], self.x[row]
             if not sound[row] or losses[row] != losses[row]:
                 state.loss = float("inf")
                 reasons[row] = "the loss is not finite"
@@ -124,12 +128,15 @@ class Adam:
         for row, reason in sorted(reasons.items()):
             trial = self.trials[row]
             state = self.states[trial]
+            if self.best[trial][0] < state.loss:  # the steps go up and down
+                state.loss, state.point = self.best[trial]
             state.point, state.stopped = state.point.clone(), reason
             start = self.replace(trial, state)
             if start is None:
                 leaving.append(row)
                 continue
             self.states[trial], self.before[trial] = TrialState(start.clone()), 0
+            self.best[trial] = math.inf, start
             self.x[row], self.mean[row], self.square[row] = start, 0, 0
         rows = [row for row in range(len(self.trials)) if row not in leaving]
         if leaving:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradinv_helpers.attacks.labels import infer_labels
-from gradinv_helpers.attacks.matching import DISTANCES, Distance
+from gradinv_helpers.attacks.matching import DISTANCES, Distance, squared_error
 from gradinv_helpers.errors import InputError, check_choice, check_number
 from gradinv_helpers.updates import SharedUpdate
 
@@ -102,6 +102,9 @@ def make_plan(
     if hindrance:
         reason += f"; the label cannot be read off: {hindrance}"
     by_cosine = name == "inverting-gradients"
+    if optimiser == "levenberg-marquardt":
+        _check_squares(updates, known, distance, tv_weight)
+        by_cosine, tv_weight = False, 0.0
     if isinstance(distance, str):
         distance = DISTANCES[check_choice("distance", distance, tuple(DISTANCES))]
     usual = DISTANCES["cosine" if by_cosine else "squared"]
@@ -115,6 +118,31 @@ def make_plan(
         optimiser=optimiser or ("signed-adam" if by_cosine else "l-bfgs"),
         tv_weight=smoothing if tv_weight is None else tv_weight,
     )
+
+
+def _check_squares(
+    updates: Sequence[SharedUpdate],
+    labels: list[Tensor] | None,
+    distance: str | Distance | None,
+    tv_weight: float | None,
+) -> None:
+    """Refuse what is not a sum of squares of the images alone."""
+    got = ""
+    if labels is None:
+        got = "labels to be fitted with the images"
+    elif distance not in (None, "squared", squared_error):
+        got = "another distance"
+    elif tv_weight:
+        got = f"total variation of weight {tv_weight:g}"
+    elif updates[0].normalized:
+        got = "normalised clients"
+    if got:
+        raise InputError(
+            "optimiser",
+            "known labels and the squared error alone for 'levenberg-marquardt'",
+            got,
+            "use 'l-bfgs'",
+        )
 
 
 def _labels(

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradinv_helpers.attacks.gradients import GradientMap, Gradients, gradient_map
+from gradinv_helpers.attacks.jacobian import linearise_gradient
 from gradinv_helpers.attacks.matching import (
     normalized_groups,
     squared_error,
@@ -124,7 +125,7 @@ class MatchingProblem:
 
     def _probe(self) -> torch.nn.Module:
         """A copy of the model in evaluation mode, which may be run at will."""
-        return copy.deepcopy(self.updates[0].model).eval()
+        return copy.deepcopy(self.model).eval()
 
     @property
     def num_pixels(self) -> int:
@@ -177,6 +178,24 @@ class MatchingProblem:
             mean = (targets * to_targets).sum(-1, keepdim=True)
             parts.append((targets * (to_targets - mean)).flatten(1))
         return loss, torch.cat(parts, 1)
+
+    def curvature(self, points: Tensor, clients: Tensor) -> Tensor:
+        """Hessians (A, n, n) of the loss without second derivatives of residuals.
+
+        For known labels, the squared error and double precision.
+        """
+        targets = self._targets(points, clients)
+        scales = squared_norm(self.targets)
+        found = points.new_empty(*points.shape, self.num_pixels)
+        rows = zip(points, targets, clients.tolist(), strict=True)
+        for row, (point, target, client) in enumerate(rows):
+            images = self.images(point)
+            normal = linearise_gradient(self.model, images, target).normal()
+            torch.mul(normal, 2 / float(scales[client]), out=found[row])
+            outside = ((point < 0) | (point > 1)).to(point)
+            weight = 2 * float(self.box_weights[client]) / self.num_pixels
+            found[row].diagonal().add_(weight * outside)
+        return found
 
     def project(self, points: Tensor) -> Tensor:
         """The nearest points whose images lie in [0, 1]."""

@@ -18,7 +18,7 @@ class TrialReport:
 
     Args:
         seed: Number of the random start: the same number gives the same start.
-        loss: Matching loss of its best point.
+        loss: Loss of its best point, total variation and penalty included.
         iterations: Outer steps taken, of up to 20 L-BFGS updates each.
         evaluations: Evaluations of the matching loss.
         stopped: Why it stopped.

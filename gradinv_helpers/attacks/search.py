@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gradinv_helpers.attacks.adam import Adam
+from gradinv_helpers.attacks.levenberg_marquardt import LevenbergMarquardt
 from gradinv_helpers.attacks.optimise import (
     NO_LOWER_POINT,
     Minimiser,
@@ -29,6 +30,8 @@ from gradinv_helpers.errors import InputError
 # A gradient within this share of the shared one is a match. Single images of LeNet are
 # then beyond 45 dB, and the rounding of float32 stops most searches before 1e-5.
 _MATCHED = 10**-4.5
+# What Levenberg-Marquardt reaches: all the digits of the shared gradient.
+_ALL_DIGITS = {torch.float32: 3e-7, torch.float64: 1e-12}
 # Standing further away than this share counts as stuck: the trial is replaced.
 _STUCK = 0.1
 # A trial that gains less than this share of its loss in _PATIENCE iterations stands.
@@ -91,7 +94,11 @@ class Search:
         self.final: dict[int, Slot] = {}  # the restart that the MAP estimate took up
         self.standstill = _STANDSTILL
         # Noise of a known size leaves a residual of its own: no need to go below it.
-        matched = problem.level(_MATCHED)
+        share = _MATCHED
+        if problem.plan.optimiser == "levenberg-marquardt":
+            share = _ALL_DIGITS.get(problem.like.dtype, _MATCHED)
+            self.problem = problem = problem.double()
+        matched = problem.level(share)
         noise = problem.level(0.0, noise=problem.noise)
         self.noisy = [n > m for n, m in zip(noise, matched, strict=True)]
         self.tolerance = [max(m, n) for m, n in zip(matched, noise, strict=True)]
@@ -131,8 +138,18 @@ class Search:
         self.clients = torch.tensor(clients, device=self.problem.like.device)
         starts = torch.stack([self._start(slot) for slot in slots])
         optimiser = self.problem.plan.optimiser
-        self.minimiser: Minimiser | Adam
-        if self.problem.first_order:
+        self.minimiser: Minimiser | Adam | LevenbergMarquardt
+        if optimiser == "levenberg-marquardt":
+            self.minimiser = LevenbergMarquardt(
+                self._evaluate,
+                starts,
+                curvature=lambda x, trials: self.problem.curvature(
+                    x, self.clients[trials]
+                ),
+                inspect=self._inspect,
+                replace=self._replace,
+            )
+        elif self.problem.first_order:
             self.minimiser = Adam(
                 self._evaluate,
                 starts,
