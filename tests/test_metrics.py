@@ -1,4 +1,4 @@
-"""Metrics agree with scikit-image, share one assignment, and carry their floors."""
+"""All metrics of a score share one assignment and carry their floors."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import json
 import math
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from scipy.optimize import linear_sum_assignment
-from skimage import metrics as reference
+from scipy.stats import binomtest
 
 from gradinv_helpers import metrics
 from gradinv_helpers.data import Images, load_images
 from gradinv_helpers.errors import InputError
+from gradinv_helpers.intervals import bootstrap_interval
 
 
 def _random(count=4, channels=3, side=16, seed=0):
@@ -43,95 +42,15 @@ class _Judge:
         return images.mean(dim=(2, 3)).argmax(dim=1)
 
 
-def _skimage_ssim(image, truth):
-    side = min(image.shape[-2:])
-    window = {"gaussian_weights": True, "sigma": 1.5} if side >= 16 else {"win_size": 7}
-    return reference.structural_similarity(
-        image.double().numpy(),
-        truth.double().numpy(),
-        data_range=1.0,
-        channel_axis=0,
-        use_sample_covariance=False,
-        **window,
-    )
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize(
-    "shape", [(7, 7), (8, 8), (15, 15), (16, 16), (32, 32), (8, 40)]
-)
-def test_ssim_agrees_with_scikit_image_on_random_images(channels, shape):
-    generator = torch.Generator().manual_seed(1)
-    truth = torch.rand(3, channels, *shape, generator=generator)
-    images = (truth + 0.2 * torch.randn(truth.shape, generator=generator)).clamp(0, 1)
-    expected = [_skimage_ssim(a, b) for a, b in zip(images, truth, strict=True)]
-    found = metrics.structural_similarity(images, truth)
-    np.testing.assert_allclose(found, expected, atol=1e-9)
-
-
-@pytest.mark.parametrize("name", ["digits", "photos", "faces"])
-def test_ssim_agrees_with_scikit_image_on_real_images(name):
-    truth = load_images(name, split="test").pixels[:6]
-    for images in (truth.flip(0), 0.5 * truth + 0.2, torch.full_like(truth, 0.99)):
-        expected = [_skimage_ssim(a, b) for a, b in zip(images, truth, strict=True)]
-        found = metrics.structural_similarity(images, truth)
-        np.testing.assert_allclose(found, expected, atol=1e-6)
-
-
-def test_ssim_of_flat_bright_images_keeps_its_digits():
-    generator = torch.Generator().manual_seed(0)
-    truth = 0.99 + 1e-4 * torch.randn(2, 1, 32, 32, generator=generator)
-    images = torch.full_like(truth, 0.99)
-    expected = [_skimage_ssim(a, b) for a, b in zip(images, truth, strict=True)]
-    found = metrics.structural_similarity(images, truth)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-
-
-def test_ssim_is_nan_for_tiny_images_and_one_for_equal_ones():
-    tiny = _random(side=6)
-    assert metrics.structural_similarity(tiny, tiny).isnan().all()
-    images = _random(side=8)
-    assert metrics.structural_similarity(images, images).tolist() == [1.0] * 4
-
-
-def test_psnr_and_mse_agree_with_scikit_image():
-    images, truth = _random(seed=1), _random(seed=2)
-    for i in range(4):
-        a, b = images[i].double().numpy(), truth[i].double().numpy()
-        mse = reference.mean_squared_error(b, a)
-        psnr = reference.peak_signal_noise_ratio(b, a, data_range=1.0)
-        assert metrics.mean_squared_error(images, truth)[i] == pytest.approx(mse)
-        assert metrics.peak_signal_noise_ratio(images, truth)[i] == pytest.approx(psnr)
-
-
-def test_psnr_known_values_and_cap():
-    truth = torch.zeros(3, 1, 8, 8)
-    images = torch.stack([truth[0], truth[1] + 0.1, truth[2] + 1.0])
-    found = metrics.peak_signal_noise_ratio(images, truth)
-    assert found.tolist() == pytest.approx([200.0, 20.0, 0.0], abs=1e-5)
-
-
 def test_psnr_is_per_image_not_of_the_batch():
     truth = _random(2)
     images = torch.stack([truth[0], 0.5 * truth[1]])  # one image is exact
     score = metrics.score(_found(images), _images(truth))
     error = (images[1] - truth[1]).double().square().mean().item()
     assert score.psnr == pytest.approx((200.0, -10 * math.log10(error)))
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_assignment_undoes_a_permutation(seed):
-    truth = _random(6, seed=seed)
-    order = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
-    assert torch.equal(truth[order][metrics.assign(truth[order], truth)], truth)
-
-
-def test_assignment_is_the_optimal_one_to_one_assignment():
-    images, truth = _random(7, seed=3), _random(7, seed=4)
-    costs = (images[None] - truth[:, None]).double().square().mean(dim=(2, 3, 4))
-    assert metrics.assign(images, truth).tolist() == (
-        linear_sum_assignment(costs.numpy())[1].tolist()
-    )
+    assert score.summary()["psnr"]["mean"] == pytest.approx(sum(score.psnr) / 2)
+    assert max(score.registered_psnr) == 200.0
+    json.dumps(score.to_dict(), allow_nan=False)
 
 
 def test_one_reconstruction_cannot_serve_two_true_images():
@@ -309,18 +228,225 @@ def test_table_names_every_floor_and_metric():
     truth = _random(2)
     score = metrics.score(_found(truth), _images(truth), judge=_Judge())
     text = str(score)
-    for word in (
+    rows = [line.split("  ")[0] for line in text.splitlines()]
+    assert rows[1:-1] == [
+        "MSE",
         "PSNR (dB)",
         "SSIM",
+        "recovered (30 dB)",
         "labels right",
-        "constant",
-        "random_image",
-        "200.0",
-    ):
+        "feature cosine",
+        "class right",
+    ]
+    for word in ("constant", "random_image", "batch_mean", "200.0"):
         assert word in text
-    assert repr(score) == text and len(text.splitlines()) == 8
+    assert repr(score) == text
+    assert "chance" not in text
+    assert "recovered (12.5 dB)" in score.table(threshold_db=12.5)
     assert "psnr=" in repr(score.floors["constant"])
     assert "1 image;" in str(metrics.score(_images(truth[:1]), _images(truth[:1])))
+
+
+def test_table_shows_what_is_known_and_no_more():
+    digits = load_images("digits", split="test")
+    truth = digits[[3, 8]]
+    text = str(metrics.score(truth, truth, others=digits))
+    assert "identified " in text and text.endswith("identified by chance: 1 of 360")
+    assert "PSNR, shifted (dB)" not in text
+    moved = truth.pixels.roll(1, dims=-1)
+    shifted = str(metrics.score(_found(moved, truth.labels), truth))
+    assert "PSNR, shifted (dB)" in shifted and "identified" not in shifted
+    assert max(map(len, shifted.splitlines())) < 100
+
+
+# --- recovered ----------------------------------------------------------------------
+
+
+def _at_decibels(truth, levels):
+    """Images whose errors are constants, so that their PSNR has the given levels."""
+    errors = torch.tensor([10 ** (-level / 20) for level in levels])
+    return 0.4 * truth + errors[:, None, None, None], 0.4 * truth
+
+
+def test_recovered_counts_the_images_that_reach_the_threshold():
+    images, truth = _at_decibels(_random(4).double(), [10, 20, 29.9, 30.1])
+    score = metrics.score(_found(images), _images(truth))
+    assert score.psnr == pytest.approx((10, 20, 29.9, 30.1), abs=1e-3)
+    assert score.recovered() == 0.25
+    assert [score.recovered(threshold_db=t) for t in (0, 19, 29, 40)] == [
+        *(1.0, 0.75, 0.5, 0.0)
+    ]
+    summary = score.summary()
+    assert summary["recovered"] == 0.25 and summary["recovered_threshold_db"] == 30
+    assert score.summary(threshold_db=19)["recovered"] == 0.75
+    assert summary["gains"]["recovered"] == 0.25
+
+
+def test_recovered_of_a_floor_is_the_share_over_its_draws():
+    truth = _images(
+        torch.tensor([0.0, 0.01, 0.5])[:, None, None, None].expand(3, 1, 8, 8)
+    )
+    floor = metrics.score(truth, truth).floors["random_image"]
+    # Of the other two images one is at 40 dB for the first two, none for the third;
+    # the mean PSNR of both draws is below 30 dB for all.
+    assert max(floor.psnr) < 30
+    assert floor.recovered(threshold_db=30) == pytest.approx((0.5 + 0.5 + 0) / 3)
+    assert len(floor.psnr_draws) == 2
+    flat = metrics.score(truth, truth).floors["constant"]
+    assert flat.recovered() == 1.0  # flat images need no attack
+
+
+def test_recovered_above_floor_asks_for_more_than_the_best_guess():
+    truth = _random(1)
+    constant = truth.double().mean(dim=(2, 3), keepdim=True)
+    for kept, margin in [(0.0, 0.0), (0.5, 6.02), (0.69, 10.17), (0.9, 20.0)]:
+        # What is left of the floor's squared error is the square of what is not kept.
+        images = constant + kept * (truth.double() - constant)
+        score = metrics.score(_found(images), _images(truth))
+        assert list(score.floors) == ["constant"]
+        gain = score.psnr[0] - score.floors["constant"].psnr[0]
+        assert gain == pytest.approx(margin, abs=0.01)
+        assert score.recovered_above_floor() == float(margin > 10)
+        assert score.recovered_above_floor(margin_db=margin + 0.1) == 0.0
+        if margin:
+            assert score.recovered_above_floor(margin_db=margin - 0.1) == 1.0
+        summary = score.summary()
+        assert summary["recovered_above_floor"] == float(margin > 10)
+        assert summary["recovered_margin_db"] == 10
+
+
+def test_the_best_floor_is_chosen_for_each_image():
+    flat = torch.full((1, 1, 16, 16), 0.5)
+    truth = torch.cat([flat, _random(1, 1), flat + 0.01, _random(1, 1, seed=1)])
+    images = (truth + 0.03).clamp(0, 1)
+    score = metrics.score(_found(images), _images(truth))
+    expected = [
+        value - max(floor.psnr[i] for floor in score.floors.values())
+        for i, value in enumerate(score.psnr)
+    ]
+    assert min(expected) < 0 < max(expected)
+    for margin in (0.0, 5.0, 15.0):
+        share = sum(value >= margin for value in expected) / 4
+        assert score.recovered_above_floor(margin_db=margin) == share
+
+
+def test_a_flat_image_is_not_recovered_above_its_floor():
+    truth = _images(torch.full((1, 1, 8, 8), 0.3))
+    score = metrics.score(_found(truth.pixels + 1e-4), truth)
+    assert score.recovered() == 1.0 and score.recovered_above_floor() == 0.0
+
+
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), "30"])
+def test_bad_thresholds_are_refused(value):
+    score = metrics.score(_images(_random(1)), _images(_random(1)))
+    for call in (score.recovered, score.summary, score.table, score.means):
+        with pytest.raises(InputError, match="threshold_db: expected a finite number"):
+            call(threshold_db=value)
+    with pytest.raises(InputError, match="margin_db: expected a finite number"):
+        score.recovered_above_floor(margin_db=value)
+
+
+# --- registered PSNR, identification and intervals in a score ------------------------
+
+
+def test_registered_psnr_uses_the_assignment_and_has_floors():
+    truth = _random(3, side=16)
+    moved = truth.roll(1, dims=-2)
+    score = metrics.score(_found(moved[[2, 0, 1]]), _images(truth))
+    order = torch.tensor(score.assignment)
+    paired = metrics.registered_psnr(moved[[2, 0, 1]][order], truth)
+    assert score.registered_psnr == pytest.approx(tuple(paired.tolist()))
+    for name, floor in score.floors.items():
+        pairs = zip(floor.registered_psnr, floor.psnr, strict=True)
+        assert all(shifted >= plain for shifted, plain in pairs), name
+    colour = truth.mean(dim=(2, 3), keepdim=True).expand_as(truth)
+    expected = metrics.registered_psnr(colour, truth)
+    found = score.floors["constant"].registered_psnr
+    assert found == pytest.approx(tuple(expected.tolist()))
+
+
+def test_identified_counts_the_nearest_neighbours_with_floors_and_chance():
+    digits = load_images("digits", split="test")
+    truth = digits[[0, 10, 20, 30]]
+    images = 0.8 * truth.pixels + 0.1
+    images[1] = digits.pixels[200]  # looks like another person's image
+    score = metrics.score(_found(images.flip(0)), truth, others=digits)
+    assert score.identified == (True, False, True, True)
+    assert score.identification.ranks[1] > 1
+    assert [rank == 1 for rank in score.identification.ranks] == list(score.identified)
+    summary = score.summary()
+    assert summary["identified"] == 0.75
+    assert summary["identified_by_chance"] == pytest.approx(1 / 360)
+    for name in ("constant", "batch_mean"):
+        expected = tuple(float(r == 1) for r in score.identification.floors[name])
+        assert score.floors[name].identified == expected
+    assert score.floors["random_image"].identified == (0.0,) * 4
+    best = max(floor["identified"] for floor in summary["floors"].values())
+    assert summary["gains"]["identified"] == 0.75 - max(best, 1 / 360)
+    values = score.to_dict()
+    assert values["identification"]["ranks"] == list(score.identification.ranks)
+    assert values["identification"]["pool_size"] == 360
+    assert values["per_image"]["identified"] == [True, False, True, True]
+
+
+def test_a_drawn_image_is_its_own_nearest_neighbour():
+    """The random_image floor identifies nobody, whoever is asked."""
+    digits = load_images("digits", split="test")
+    truth = digits[[0, 1]]
+    guess = digits[[2, 3]]
+    score = metrics.score(guess, truth, others=digits)
+    assert score.identified == score.floors["random_image"].identified == (0, 0)
+
+
+def test_without_others_nothing_is_identified_or_claimed():
+    truth = _images(_random(3))
+    score = metrics.score(truth, truth)
+    assert score.identified is None and score.identification is None
+    summary = score.summary()
+    assert "identified" not in summary and "identified" not in summary["gains"]
+    values = score.to_dict()
+    assert values["identification"] is None
+    assert values["per_image"]["identified"] is None
+
+
+def test_every_metric_has_a_value_in_every_floor():
+    digits = load_images("digits", split="test")
+    truth = digits[[3, 8, 11]]
+    score = metrics.score(truth, truth, others=digits)
+    for floor in score.floors.values():
+        missing = set(score.means()) - set(floor.means())
+        assert missing <= {"label_accuracy"}
+    assert set(score.means()) == set(score.summary()["gains"])
+
+
+def test_intervals_come_on_request():
+    truth = _random(9)
+    noise = 0.05 * torch.randn(truth.shape, generator=torch.Generator().manual_seed(1))
+    images = (truth + noise * torch.arange(9)[:, None, None, None]).clamp(0, 1)
+    score = metrics.score(_found(images), _images(truth))
+    plain, full = score.summary(), score.summary(intervals=True)
+    assert plain == {k: v for k, v in full.items() if k != "intervals"}
+    assert full == score.summary(intervals=True)
+    low, high = full["intervals"]["psnr"]
+    assert min(score.psnr) < low < full["psnr"]["mean"] < high < max(score.psnr)
+    assert full["intervals"]["psnr"] == bootstrap_interval(score.psnr)
+    right = full["intervals"]["label_accuracy"]
+    assert right == pytest.approx(tuple(binomtest(9, 9).proportion_ci(method="wilson")))
+    found = round(9 * score.recovered(threshold_db=20))
+    assert 0 < found < 9
+    expected = binomtest(found, 9).proportion_ci(method="wilson")
+    share = score.summary(threshold_db=20, intervals=True)["intervals"]["recovered"]
+    assert share == pytest.approx(tuple(expected))
+
+
+def test_few_images_have_no_interval_of_a_mean():
+    truth = _images(_random(7))
+    intervals = metrics.score(truth, truth).summary(intervals=True)["intervals"]
+    assert intervals["psnr"] is None and intervals["ssim"] is None
+    assert intervals["label_accuracy"][0] == pytest.approx(7 / (7 + 1.96**2), abs=1e-3)
+
+
+# --- bad input ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
