@@ -11,9 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradinv_helpers.attacks.gradients import _AutogradMap, _ChainMap, gradient_map
-from gradinv_helpers.models import build_model
+import gradinv_helpers.attacks.gradients as gradients_module
+from gradinv_helpers.attacks.gradients import (
+    _AutogradMap,
+    _ChainMap,
+    gradient_map,
+    trials_at_once,
+)
+from gradinv_helpers.errors import InputError
+from gradinv_helpers.models import Normalize, build_model
 
 NUM_CLASSES = 4
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-10}
@@ -37,6 +45,7 @@ def cotangents(gradients: list[Tensor], seed: int = 1) -> list[Tensor]:
     return [torch.randn(g.shape, generator=generator, dtype=g.dtype) for g in gradients]
 
 
+@sdpa_kernel(SDPBackend.MATH)  # the only attention that torch differentiates twice
 def reference(
     model: nn.Module, images: Tensor, targets: Tensor, v: list[Tensor] | None = None
 ) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -119,6 +128,50 @@ def no_biases() -> nn.Module:
         nn.Sigmoid(),
         nn.Flatten(),
         nn.Linear(48, NUM_CLASSES, bias=False),
+    )
+
+
+def normalised() -> nn.Module:
+    return nn.Sequential(
+        Normalize([0.4], [0.3]),
+        nn.Conv2d(1, 3, 3, stride=2),
+        nn.Sigmoid(),
+        nn.Identity(),
+        Normalize([0.1, 0.5, 0.2], [2.0, 0.5, 0.1]),
+        nn.Flatten(),
+        nn.Linear(12, NUM_CLASSES),
+    )
+
+
+def averaged() -> nn.Module:
+    return nn.Sequential(
+        nn.AvgPool2d(2, stride=1),
+        nn.Conv2d(1, 3, 2, stride=(2, 1)),
+        nn.Tanh(),
+        nn.AvgPool2d(2, 1, padding=1, ceil_mode=True, count_include_pad=False),
+        nn.AvgPool2d((1, 2), divisor_override=3),
+        nn.Conv2d(3, 5, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(5, NUM_CLASSES),
+    )
+
+
+def smooth_kinks() -> nn.Module:
+    """Every other activation, with constants of its own."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(36, 9),
+        nn.LeakyReLU(0.2),
+        nn.Linear(9, 8),
+        nn.ELU(0.7),
+        nn.Linear(8, 8),
+        nn.Softplus(3.0, threshold=0.5),
+        nn.Linear(8, 8),
+        nn.GELU(),
+        nn.Linear(8, 8),
+        nn.SiLU(),
+        nn.Linear(8, NUM_CLASSES),
     )
 
 
@@ -212,6 +265,21 @@ def other_flatten() -> nn.Module:
     )
 
 
+def other_activation() -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(36, 5), nn.GELU("tanh"), nn.Linear(5, NUM_CLASSES)
+    )
+
+
+def coarse_average() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 2, 3),
+        nn.AdaptiveAvgPool2d((2, 1)),
+        nn.Flatten(),
+        nn.Linear(4, NUM_CLASSES),
+    )
+
+
 def late_activation() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.Tanh())
 
@@ -258,12 +326,103 @@ def norm_in_training_below_eval() -> nn.Module:
     return model
 
 
+class OtherNorms(nn.Module):
+    """Normalisation with fixed statistics, or with none, and without weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 3, 3)
+        self.bare = nn.BatchNorm2d(3, affine=False, eps=0.1)
+        self.head = nn.Linear(48, NUM_CLASSES)
+        self.flat = nn.BatchNorm1d(NUM_CLASSES)
+        for norm in (self.bare, self.flat):
+            nn.init.uniform_(norm.running_mean)
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+        nn.init.uniform_(self.flat.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.instance_norm(torch.tanh(self.bare(self.conv(x))))
+        return self.flat(self.head(x.flatten(1)))
+
+
+class InputStatistics(nn.Module):
+    """Normalisation by statistics of the input, also in evaluation mode."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 4, 3), norm
+        self.head = nn.Linear(64, NUM_CLASSES)
+        nn.init.normal_(norm.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.norm(self.conv(x))).flatten(1))
+
+
+INPUT_NORMS = [
+    lambda: nn.InstanceNorm2d(4, affine=True),
+    lambda: nn.BatchNorm2d(4, track_running_stats=False),
+    lambda: nn.GroupNorm(2, 4),
+    lambda: nn.LayerNorm([4, 4, 4]),
+    lambda: nn.LayerNorm(4, bias=False),
+]
+
+
+class OddConvolutions(nn.Module):
+    """Strides that leave rows over, dilation, groups, no bias, and a bare image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(1, 4, 3, stride=2, bias=False)
+        self.two = nn.Conv2d(4, 4, (1, 2), stride=(2, 1), padding=(0, 1), groups=2)
+        self.three = nn.Conv2d(4, 2, 2, dilation=(1, 2), padding=1)
+        self.head = nn.Linear(4, NUM_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.sigmoid(self.one(x))
+        x = torch.tanh(
+            F.conv2d(x, self.two.weight, self.two.bias, (2, 1), (0, 1), 1, 2)
+        )
+        kernel = self.three.weight
+        x = F.conv2d(
+            x, bias=self.three.bias, weight=kernel, padding=[1], dilation=(1, 2)
+        )
+        alone = F.conv2d(x[0, :1], self.one.weight, padding="same")
+        return self.head(x.flatten(2).mean(2).repeat(1, 2)) + alone.mean()
+
+
+class InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(36, 8), nn.Linear(8, NUM_CLASSES)
+        self.act, self.hard = nn.ReLU(inplace=True), nn.Hardswish(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.hard(self.act(self.one(x.flatten(1))) - 0.1))
+
+
+class Attention(nn.Module):
+    """Multi-head attention of rows, causal at that, before plain attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(6, 2, 5, 0.0, batch_first=True)
+        self.head = nn.Linear(6, NUM_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x.squeeze(1))
+        x = F.scaled_dot_product_attention(x, x, x.tanh(), is_causal=True)
+        return self.head(x.mean(1))
+
+
 CHAINS: list[Callable[[], nn.Module]] = [
     chain_of_everything,
     overlapping_pool,
     no_biases,
     one_linear,
     shared_activation,
+    normalised,
+    averaged,
+    smooth_kinks,
 ]
 OTHERS: list[Callable[[], nn.Module]] = [
     tied_weights,
@@ -278,6 +437,13 @@ OTHERS: list[Callable[[], nn.Module]] = [
     grouped,
     other_flatten,
     late_activation,
+    other_activation,
+    coarse_average,
+    lambda: OtherNorms().eval(),
+    OddConvolutions,
+    InPlace,
+    lambda: Attention().eval(),
+    Attention,
     Residual,
     lambda: Norm().eval(),
     norm_in_training,
@@ -303,6 +469,81 @@ def test_any_model(make, trials: int, images: int) -> None:
     assert_right(gradient_map(model), model, x, y)
 
 
+@pytest.mark.parametrize("norm", INPUT_NORMS)
+@pytest.mark.parametrize("trials", [1, 3])
+def test_normalisation_by_the_input(norm, trials: int) -> None:
+    """vmap has wrong second derivatives for some of them."""
+    model = double(lambda: InputStatistics(norm())).eval()
+    assert_right(gradient_map(model), model, *batch(trials, 2))
+
+
+@pytest.mark.parametrize("make", [*CHAINS, lambda: built("lenet")])
+@pytest.mark.parametrize(("trials", "images"), [(1, 1), (3, 2)])
+def test_chains_without_columns(make, trials: int, images: int, monkeypatch) -> None:
+    """The way of larger batches, which takes convolutions as they are."""
+    monkeypatch.setattr(gradients_module, "_FEW_COLUMNS", 0)
+    model = double(make)
+    assert_right(gradient_map(model), model, *batch(trials, images))
+
+
+@pytest.mark.parametrize("make", [Residual, OddConvolutions, grouped, norm_in_training])
+@pytest.mark.parametrize(("trials", "images"), [(1, 2), (3, 2)])
+def test_large_convolutions(make, trials: int, images: int, monkeypatch) -> None:
+    """The way of larger networks, whose convolutions are differentiated in halves."""
+    monkeypatch.setattr(gradients_module, "_LARGE_CONVOLUTION", 0)
+    model = double(make)
+    assert_right(_AutogradMap(model), model, *batch(trials, images))
+
+
+class Clamped(nn.Module):
+    """The definition of nn.Hardsigmoid in operations that have two derivatives."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + 3).clamp(0, 6) / 6
+
+
+@pytest.mark.parametrize("trials", [1, 3])
+@pytest.mark.parametrize("training", [False, True])
+def test_hard_sigmoid(trials: int, training: bool) -> None:
+    """torch itself has no second derivative of it."""
+
+    def with_activation(activation: nn.Module) -> nn.Module:
+        torch.manual_seed(3)
+        model = nn.Sequential(
+            nn.Flatten(), nn.Linear(36, 20), activation, nn.Linear(20, 4)
+        )
+        nn.init.normal_(model[1].weight, std=0.6)
+        return model.double().train(training)
+
+    model = with_activation(nn.Hardsigmoid(inplace=training))
+    x, y = batch(trials, 2)
+    inside = model[:2](x[0]).abs() < 3
+    assert inside.any() and not inside.all()
+    gradients, pullback = gradient_map(model)(x, y)
+    v = cotangents(gradients)
+    expected, to_images, _ = reference(with_activation(Clamped()), x, y, v)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        assert torch.allclose(ours, theirs, **TOLERANCE)
+    assert torch.allclose(pullback(v)[0], to_images, **TOLERANCE)
+
+
+class HardSigmoidOfItsOwn(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.aten.hardsigmoid(x)
+
+
+@pytest.mark.parametrize("trials", [1, 2])
+def test_a_layer_without_second_derivative_is_named(trials: int) -> None:
+    layer = HardSigmoidOfItsOwn()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 5), layer, nn.Linear(5, 4))
+    x, y = batch(trials, 2)
+    message = "model: expected layers that torch can differentiate twice, .*hardsigmoid"
+    with pytest.raises(InputError, match=message) as error:
+        gradients, pullback = gradient_map(model.double())(x, y)
+        pullback(cotangents(gradients))
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("name", ["lenet", "mlp", "convnet"])
 @pytest.mark.parametrize(("trials", "images"), [(1, 1), (3, 1), (1, 4), (3, 2)])
 def test_our_chains(name: str, trials: int, images: int) -> None:
@@ -319,8 +560,9 @@ def test_lenet_of_colour_images() -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_resnet18(training: bool) -> None:
-    model = built("resnet18").double().train(training)
+@pytest.mark.parametrize("name", ["resnet18", "resnet20", "vit"])
+def test_larger_models(name: str, training: bool) -> None:
+    model = built(name).double().train(training)
     mapped = gradient_map(model)
     assert isinstance(mapped, _AutogradMap)
     assert_right(mapped, model, *batch(2, 2))
@@ -412,6 +654,38 @@ def test_order_of_the_images_does_not_matter(order, seed, chain) -> None:
     )
 
 
+@given(factor=st.floats(-1e3, 1e3), seed=st.integers(0, 1000), chain=st.booleans())
+@settings(max_examples=15, deadline=None)
+def test_pullback_is_linear(factor, seed, chain) -> None:
+    mapped = gradient_map(LENET if chain else RESIDUAL)
+    x, y = batch(2, 2, seed=seed)
+
+    def pulled(first: float, second: float) -> Tensor:
+        gradients, pullback = mapped(x, y)
+        pairs = zip(cotangents(gradients, 1), cotangents(gradients, 2), strict=True)
+        return pullback([first * v + second * w for v, w in pairs])[0]
+
+    expected = factor * pulled(1, 0) + pulled(0, 1)
+    scale = float(expected.abs().max())
+    assert torch.allclose(pulled(factor, 1), expected, rtol=1e-9, atol=1e-12 * scale)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("make", [lambda: built("lenet"), Residual, normalised, Norm])
+def test_devices_agree(make) -> None:
+    model = double(make).eval()
+    x, y = batch(3, 2)
+    gradients, pullback = gradient_map(model)(x, y)
+    v = cotangents(gradients)
+    there, there_pullback = gradient_map(copy.deepcopy(model).cuda())(
+        x.cuda(), y.cuda()
+    )
+    for here, other in zip(gradients, there, strict=True):
+        assert torch.allclose(here, other.cpu(), rtol=1e-8, atol=1e-10)
+    back = there_pullback([t.cuda() for t in v])[0].cpu()
+    assert torch.allclose(back, pullback(v)[0], rtol=1e-8, atol=1e-10)
+
+
 @given(seed=st.integers(0, 1000), chain=st.booleans())
 @settings(max_examples=15, deadline=None)
 def test_trials_do_not_see_each_other(seed, chain) -> None:
@@ -452,3 +726,51 @@ def test_pullback_is_the_derivative(seed) -> None:
     slope = (product(1e-5) - product(-1e-5)) / 2e-5
     expected = float((to_images * dx).sum() + (to_targets * dy).sum())
     assert slope == pytest.approx(expected, rel=1e-6, abs=1e-7)
+
+
+# --- memory -----------------------------------------------------------------------
+
+
+def test_trials_of_a_model_that_is_mostly_weights() -> None:
+    """By hand: gradients, targets, derivatives, differences; little else."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 20_000), nn.Linear(20_000, 10))
+    weights = sum(p.nbytes for p in model.parameters())
+    assert trials_at_once(model, (1, 1, 8, 8), budget_bytes=50 * weights) in (
+        10,
+        11,
+        12,
+    )
+    assert trials_at_once(model, (1, 1, 8, 8), budget_bytes=1) == 1
+
+
+@pytest.mark.parametrize("name", ["convnet", "resnet20", "vit"])
+def test_trials_of_models_that_are_mostly_activations(name: str) -> None:
+    """The outputs of a forward pass are needed twice or more, a dozen times at most."""
+    model = build_model(name, in_channels=3, image_size=16, num_classes=10)
+    outputs = []
+    for module in model.modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda m, i, o: outputs.append(o))
+    model(torch.zeros(16, 3, 16, 16))
+    forward = sum(t.nbytes for t in outputs if isinstance(t, Tensor))
+    for module in model.modules():
+        module._forward_hooks.clear()
+    state = copy.deepcopy(model.state_dict())
+    budget = 1000 * forward
+    trials = trials_at_once(model, (16, 3, 16, 16), budget_bytes=budget)
+    assert 1000 / 12 < trials < 1000 / 2
+    half = trials_at_once(model, (8, 3, 16, 16), budget_bytes=budget)
+    assert 1.3 * trials < half < 2.1 * trials
+    wide = copy.deepcopy(model).double()
+    assert trials_at_once(
+        wide, (16, 3, 16, 16), budget_bytes=2 * budget
+    ) == pytest.approx(trials, rel=0.05)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key])
+
+
+def test_bad_budget() -> None:
+    with pytest.raises(
+        InputError, match="budget_bytes: expected an integer of at least 1"
+    ):
+        trials_at_once(one_linear(), (1, 1, 6, 6), budget_bytes=0)

@@ -17,25 +17,42 @@ Taught in: notebooks/02_dlg_four_steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
-from gradinv_helpers.errors import InputError
+from gradinv_helpers.errors import InputError, check_count
+from gradinv_helpers.models import Normalize
 
 Gradients = list[Tensor]  # one (T, *parameter shape) per trainable parameter
 Pullback = Callable[[Gradients], tuple[Tensor, Tensor]]
 GradientMap = Callable[[Tensor, Tensor], tuple[Gradients, Pullback]]
 
+# Memory of a trial: gradients, their targets, the derivative of the loss and a
+# difference on one side; on the other the graph, and as much again on the way back.
+_LISTS_PER_TRIAL, _GRAPHS_PER_TRIAL = 4, 2
+# A convolution of fewer multiplications is done before a custom function is set up.
+_LARGE_CONVOLUTION = 40_000_000
+# Up to so many entries, products with columns are faster than convolutions on a CPU.
+_FEW_COLUMNS = 25_000
+
 
 def gradient_map(model: nn.Module) -> GradientMap:
     """Build the map from dummy batches to the gradients they would send.
+
+    Layers that torch can differentiate only once (``nn.Hardsigmoid``, fused
+    attention) are evaluated by equal functions that it can differentiate twice.
 
     Args:
         model: Any classifier from (N, C, H, W) to logits (N, K), in the mode (train
@@ -45,13 +62,57 @@ def gradient_map(model: nn.Module) -> GradientMap:
         A function of ``images`` (T, B, C, H, W) and class probabilities ``targets``
         (T, B, K). It returns, per trainable parameter, the gradients of the mean
         cross-entropy of every trial (T, ...), and a pull-back from such a list to
-        the gradients with respect to images and targets.
+        the gradients with respect to images and targets. The pull-back may be used
+        once.
 
     Source: Pearlmutter (1994), whose product rule gives the pull-back of a chain.
     Taught in: notebooks/02_dlg_four_steps.
     """
+    return _map_of(model)
+
+
+def trials_at_once(
+    model: nn.Module, batch_shape: tuple[int, ...], *, budget_bytes: int
+) -> int:
+    """Count the trials whose gradient map and pull-back fit into some memory.
+
+    One trial is run to see how much it keeps. The estimate is meant for splitting
+    many trials: on the models of ``build_model`` it is 0.9 to 1.3 times the memory
+    by which a process on a CPU was measured to grow per trial.
+
+    Args:
+        model: As for ``gradient_map``.
+        batch_shape: Shape (B, C, H, W) of the images of one trial.
+        budget_bytes: Memory to stay below, in bytes.
+
+    Returns:
+        A number of trials, at least 1.
+
+    Raises:
+        InputError: The budget is no positive integer.
+
+    Taught in: notebooks/03_stronger_matching.
+    """
+    check_count("budget_bytes", budget_bytes)
+    like = next(p for p in model.parameters() if p.requires_grad)
+    images = torch.full(batch_shape, 0.5, dtype=like.dtype, device=like.device)
+    gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    graph = _map_of(model).graph_bytes(images)
+    one_trial = _GRAPHS_PER_TRIAL * graph + _LISTS_PER_TRIAL * gradients
+    return max(1, budget_bytes // one_trial)
+
+
+def _map_of(model: nn.Module) -> _ChainMap | _AutogradMap:
     layers = _chain_layers(model)
     return _ChainMap(layers) if layers is not None else _AutogradMap(model)
+
+
+def _storage_bytes(tensors: Iterable[Tensor], besides: Iterable[Tensor] = ()) -> int:
+    """Memory behind some tensors besides others, shared parts counted once."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    sizes = {s.data_ptr(): s.nbytes() for s in storages}
+    others = {tensor.untyped_storage().data_ptr() for tensor in besides}
+    return sum(size for place, size in sizes.items() if place not in others)
 
 
 # --- any module -----------------------------------------------------------------
@@ -69,11 +130,12 @@ class _AutogradMap:
         # Batch statistics and dropout change state inside vmap, which it refuses.
         self.training = any(module.training for module in model.modules())
         self.use_vmap = not self.training
+        self.vmap_checked = False
 
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Gradients, Pullback]:
         images = images.detach().requires_grad_()
         targets = targets.detach().requires_grad_()
-        with torch.enable_grad(), _twice_differentiable():
+        with torch.enable_grad(), _twice_differentiable(len(images)):
             gradients = self._gradients(images, targets)
 
         def pullback(cotangents: Gradients) -> tuple[Tensor, Tensor]:
@@ -82,7 +144,7 @@ class _AutogradMap:
                 for g, v in zip(gradients, cotangents, strict=True)
                 if g.requires_grad
             ]
-            with _twice_differentiable():
+            with _named_layers():
                 back = torch.autograd.grad(
                     [g for g, _ in pairs],
                     [images, targets],
@@ -97,20 +159,63 @@ class _AutogradMap:
 
         return [g.detach() for g in gradients], pullback
 
+    def graph_bytes(self, images: Tensor) -> int:
+        """What the graph of one trial with images (B, C, H, W) keeps alive."""
+        kept: list[Tensor] = []
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept.append(tensor)
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        images = images.detach().requires_grad_()
+        with torch.enable_grad(), _twice_differentiable(1), hooks:
+            logits = functional_call(self.model, self._state(self.trained), (images,))
+            targets = torch.full_like(logits, 1 / logits.shape[-1])
+            self._one(images, targets)
+        return _storage_bytes(kept, besides=self.trained.values())
+
     def _gradients(self, images: Tensor, targets: Tensor) -> Gradients:
-        if self.use_vmap:
+        if self.use_vmap and len(images) > 1 and not self.vmap_checked:
+            self.use_vmap = self._vmap_agrees(images[:2, :2], targets[:2, :2])
+            self.vmap_checked = True
+        if self.use_vmap and len(images) > 1:
             try:
-                per_trial = vmap(grad(self._loss), in_dims=(None, 0, 0))(
-                    self.trained, images, targets
-                )
+                with warnings.catch_warnings():  # of operations that vmap loops over
+                    warnings.filterwarnings("ignore", "There is a performance drop")
+                    per_trial = vmap(grad(self._loss), in_dims=(None, 0, 0))(
+                        self.trained, images, targets
+                    )
                 return list(per_trial.values())
             except RuntimeError:
                 self.use_vmap = False  # in-place or data-dependent operations
         rows = [self._one(x, y) for x, y in zip(images, targets, strict=True)]
         return [torch.stack(column) for column in zip(*rows, strict=True)]
 
+    @torch.no_grad()
+    def _vmap_agrees(self, images: Tensor, targets: Tensor) -> bool:
+        """Whether vmap and the loop have the same pull-back, in double precision.
+
+        For some layers (normalisation by statistics of the input) torch's vmap
+        silently leaves out a part of the second derivative.
+        """
+        device = "cpu" if images.device.type == "mps" else images.device
+        x, y = images.to(device, torch.float64), targets.to(device, torch.float64)
+        found = []
+        try:
+            probe = _AutogradMap(copy.deepcopy(self.model).to(device, torch.float64))
+            probe.vmap_checked = True
+            for _ in range(2):
+                gradients, pullback = probe(x, y)
+                found.append(pullback(gradients)[0])
+                probe.use_vmap = False
+        except RuntimeError:  # constants of another precision, for one
+            return False
+        tolerance = 1e-6 * float(found[1].abs().max())
+        return torch.allclose(found[0], found[1], rtol=1e-6, atol=tolerance)
+
     def _one(self, images: Tensor, targets: Tensor) -> Gradients:
-        weights = {n: p.clone().requires_grad_() for n, p in self.trained.items()}
+        weights = {n: p.detach().requires_grad_() for n, p in self.trained.items()}
         found = torch.autograd.grad(
             self._loss(weights, images, targets),
             list(weights.values()),
@@ -123,17 +228,200 @@ class _AutogradMap:
     def _loss(
         self, weights: dict[str, Tensor], images: Tensor, targets: Tensor
     ) -> Tensor:
+        logits = functional_call(self.model, self._state(weights), (images,))
+        return -(targets * F.log_softmax(logits, dim=-1)).sum(-1).mean()
+
+    def _state(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         buffers = self.buffers
         if self.training:  # forward would overwrite running statistics
             buffers = {n: b.clone() for n, b in buffers.items()}
-        logits = functional_call(
-            self.model, {**weights, **self.fixed, **buffers}, (images,)
+        return {**weights, **self.fixed, **buffers}
+
+
+# --- functions that are differentiated twice --------------------------------------
+
+
+class _Replacements(TorchFunctionMode):
+    """Evaluate some functions by equal ones with a better second derivative."""
+
+    def __init__(self, trials: int):
+        super().__init__()
+        self.trials = trials
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple = (),
+        kwargs: dict | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.conv2d:
+            return _convolve(self.trials, *args, **kwargs)
+        if func is F.batch_norm:
+            return _normalise_batch(*args, **kwargs)
+        if func is F.layer_norm:
+            return _normalise_layer(*args, **kwargs)
+        if func is F.hardsigmoid:
+            return _hard_sigmoid(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _hard_sigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """torch has no second derivative of ``F.hardsigmoid``."""
+    return F.relu6(input + 3) / 6
+
+
+def _normalise_batch(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """With fixed statistics it is affine, cheaper than torch's general derivative."""
+    if training or running_mean is None or running_var is None:
+        return F.batch_norm(
+            input, running_mean, running_var, weight, bias, training, momentum, eps
         )
-        return -(targets * F.log_softmax(logits, dim=-1)).sum(-1).mean()
+    shape = (1, -1, *(1,) * (input.dim() - 2))
+    scale = torch.rsqrt(running_var + eps)
+    out = (input - running_mean.view(shape)) * scale.view(shape)
+    if weight is not None:
+        out = out * weight.view(shape)
+    return out if bias is None else out + bias.view(shape)
+
+
+def _normalise_layer(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """The second derivative that vmap has of ``F.layer_norm`` is wrong."""
+    own = tuple(range(-len(normalized_shape), 0))
+    centred = input - input.mean(own, keepdim=True)
+    out = centred * torch.rsqrt(centred.square().mean(own, keepdim=True) + eps)
+    if weight is not None:
+        out = out * weight
+    return out if bias is None else out + bias
+
+
+def _convolve(
+    trials: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """``F.conv2d``, by ``_Convolution`` where that pays."""
+    if isinstance(padding, str) or input.dim() != 4:
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    (down, right), padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
+    places = input[0, 0].numel() // (down * right)
+    if trials * len(input) * places * weight.numel() < _LARGE_CONVOLUTION:
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    settings = (down, right), padding, dilation, groups
+    return _Convolution.apply(input, weight, bias, *settings)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    """Both sides of a setting that torch takes as one number or as several."""
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution that is differentiated as two separate operations.
+
+    The second derivative of ``aten::convolution_backward`` always forms a derivative
+    with respect to the weights. Nothing here asks for it, and it can cost two fifths of
+    a pull-back. The two halves of the first derivative do not do so.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int],
+        groups: int,
+    ) -> Tensor:
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        input, weight, _, *ctx.settings = inputs
+        ctx.save_for_backward(input, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *derivatives: Tensor) -> tuple:
+        (e,) = derivatives
+        input, weight = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.settings
+        to_input = to_weight = to_bias = None
+        if ctx.needs_input_grad[0]:
+            windows = zip(
+                e.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
+            )
+            reached = [
+                (m - 1) * s - 2 * p + d * (k - 1) + 1 for m, k, s, p, d in windows
+            ]
+            rest = [n - m for n, m in zip(input.shape[2:], reached, strict=True)]
+            to_input = F.conv_transpose2d(
+                e, weight, None, stride, padding, rest, groups, dilation
+            )
+        if ctx.needs_input_grad[1]:
+            to_weight = _weight_gradient(e, input, weight, *ctx.settings)
+        if ctx.needs_input_grad[2]:
+            to_bias = e.sum((0, 2, 3))
+        return to_input, to_weight, to_bias, None, None, None, None
+
+
+def _weight_gradient(
+    e: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """Derivative of a convolution's weights from e, that of its output."""
+    return torch.ops.aten.convolution_backward(
+        e,
+        input,
+        weight,
+        None,
+        stride,
+        padding,
+        dilation,
+        False,
+        (0, 0),
+        groups,
+        (False, True, False),
+    )[1]
 
 
 @contextmanager
-def _twice_differentiable() -> Iterator[None]:
+def _twice_differentiable(trials: int = 1) -> Iterator[None]:
+    """Let functions in the block be differentiated twice, attention included."""
+    with _named_layers(), sdpa_kernel(SDPBackend.MATH), _Replacements(trials):
+        yield
+
+
+@contextmanager
+def _named_layers() -> Iterator[None]:
     """Say clearly where torch lacks the second derivative of a layer."""
     try:
         yield
@@ -145,7 +433,7 @@ def _twice_differentiable() -> Iterator[None]:
             "model",
             "layers that torch can differentiate twice",
             reason,
-            "replace that layer by another one, such as nn.Sigmoid for nn.Hardsigmoid",
+            "replace that layer by one made of ordinary tensor operations",
         ) from error
 
 
@@ -250,6 +538,116 @@ class _Conv:
 
 
 @dataclass(frozen=True)
+class _Unfold:
+    """From images to columns (N, C*k*k, P), one for each place of a convolution."""
+
+    layer: nn.Conv2d
+
+    def forward(self, a: Tensor) -> Tensor:
+        (rows, columns), (down, right) = self.layer.kernel_size, self.layer.stride
+        above, left = _pair(self.layer.padding)
+        a = F.pad(a, (left, left, above, above))
+        windows = a.unfold(2, rows, down).unfold(3, columns, right)
+        return windows.permute(0, 1, 4, 5, 2, 3).flatten(1, 3).flatten(2)
+
+    def tangent(self, a_dot: Tensor) -> Tensor:
+        return self.forward(a_dot)
+
+    def transpose(self, e: Tensor, a: Tensor) -> Tensor:
+        conv = self.layer
+        padding = _pair(conv.padding)
+        size = (a.shape[2], a.shape[3])
+        return F.fold(e, size, conv.kernel_size, 1, padding, conv.stride)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """What a convolution does to columns (N, C*k*k, P); ``size`` is that of images."""
+
+    layer: nn.Conv2d
+    size: tuple[int, int]
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.layer.weight.flatten(1)
+
+    def forward(self, a: Tensor) -> Tensor:
+        z = self.tangent(a)
+        bias = self.layer.bias
+        return z if bias is None else z.add_(bias.view(-1, 1, 1))
+
+    def tangent(self, a_dot: Tensor) -> Tensor:
+        return (self.matrix @ a_dot).unflatten(2, self.size)
+
+    def transpose(self, e: Tensor, a: Tensor) -> Tensor:
+        return self.matrix.T @ e.flatten(2)
+
+    def weight_gradient(self, a: Tensor, e: Tensor, trials: int) -> Tensor:
+        found = e.flatten(2) @ a.mT
+        if len(found) > trials:
+            found = _per_trial(found, trials).sum(1)
+        return found.unflatten(2, self.layer.weight.shape[1:])
+
+    def apply_per_trial(self, a: Tensor, v: Tensor) -> Tensor:
+        z = v.flatten(2)[:, None] @ _per_trial(a, len(v))
+        return z.flatten(0, 1).unflatten(2, self.size)
+
+    def transpose_per_trial(self, e: Tensor, v: Tensor, a: Tensor) -> Tensor:
+        back = v.flatten(2).mT[:, None] @ _per_trial(e.flatten(2), len(v))
+        return back.flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class _Normalize:
+    layer: Normalize
+
+    def forward(self, a: Tensor) -> Tensor:
+        return self.layer(a)
+
+    def tangent(self, a_dot: Tensor) -> Tensor:
+        return a_dot / self.layer.std
+
+    def transpose(self, e: Tensor, a: Tensor) -> Tensor:
+        return e / self.layer.std
+
+
+@dataclass(frozen=True)
+class _AvgPool:
+    layer: nn.AvgPool2d
+
+    def forward(self, a: Tensor) -> Tensor:
+        return self.layer(a)
+
+    def tangent(self, a_dot: Tensor) -> Tensor:
+        return self.layer(a_dot)
+
+    def transpose(self, e: Tensor, a: Tensor) -> Tensor:
+        pool = self.layer
+        return torch.ops.aten.avg_pool2d_backward(
+            e,
+            a,
+            _pair(pool.kernel_size),
+            _pair(pool.stride),
+            _pair(pool.padding),
+            pool.ceil_mode,
+            pool.count_include_pad,
+            pool.divisor_override,
+        )
+
+
+@dataclass(frozen=True)
+class _GlobalAvgPool:
+    def forward(self, a: Tensor) -> Tensor:
+        return a.mean((2, 3), keepdim=True)
+
+    def tangent(self, a_dot: Tensor) -> Tensor:
+        return self.forward(a_dot)
+
+    def transpose(self, e: Tensor, a: Tensor) -> Tensor:
+        return (e / a[0, 0].numel()).expand_as(a)
+
+
+@dataclass(frozen=True)
 class _Activation:
     """An elementwise function, with its first two derivatives from input z, output a.
 
@@ -261,19 +659,78 @@ class _Activation:
     second: Callable[[Tensor, Tensor], Tensor] | None
 
 
+def _sigmoid_slope(z: Tensor, a: Tensor) -> Tensor:
+    return torch.addcmul(a, a, a, value=-1)  # a (1 - a)
+
+
+def _sigmoid_bend(z: Tensor, a: Tensor) -> Tensor:
+    slope = _sigmoid_slope(z, a)
+    return torch.addcmul(slope, slope, a, value=-2)  # a (1 - a) (1 - 2 a)
+
+
+def _silu_slope(z: Tensor, a: Tensor) -> Tensor:
+    s = torch.sigmoid(z)
+    return s + a * (1 - s)
+
+
+def _silu_bend(z: Tensor, a: Tensor) -> Tensor:
+    s = torch.sigmoid(z)
+    return s * (1 - s) * (2 + z * (1 - 2 * s))
+
+
+def _bell(z: Tensor) -> Tensor:
+    """Density of the standard normal distribution, whose integral GELU uses."""
+    return torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+
+
 _ACTIVATIONS: dict[type[nn.Module], _Activation] = {
-    nn.Sigmoid: _Activation(
-        torch.sigmoid,
-        lambda z, a: a * (1 - a),
-        lambda z, a: a * (1 - a) * (1 - 2 * a),
-    ),
+    nn.Sigmoid: _Activation(torch.sigmoid, _sigmoid_slope, _sigmoid_bend),
     nn.Tanh: _Activation(
         torch.tanh,
         lambda z, a: 1 - a * a,
         lambda z, a: -2 * a * (1 - a * a),
     ),
     nn.ReLU: _Activation(F.relu, lambda z, a: (z > 0).to(z.dtype), None),
+    nn.SiLU: _Activation(F.silu, _silu_slope, _silu_bend),
 }
+
+
+def _activation(module: nn.Module) -> _Activation | None:
+    """The entry of the table, or one made for the constants of the module."""
+    if type(module) is nn.LeakyReLU:
+        slope = module.negative_slope
+        return _Activation(
+            lambda z: F.leaky_relu(z, slope),
+            lambda z, a: torch.ones_like(z).masked_fill_(z <= 0, slope),
+            None,
+        )
+    if type(module) is nn.ELU:
+        alpha = module.alpha
+        return _Activation(
+            lambda z: F.elu(z, alpha),
+            lambda z, a: torch.where(z > 0, 1, a + alpha),
+            lambda z, a: torch.where(z > 0, 0, a + alpha),
+        )
+    if type(module) is nn.GELU and module.approximate == "none":
+        return _Activation(
+            F.gelu,
+            lambda z, a: torch.special.ndtr(z) + z * _bell(z),
+            lambda z, a: (2 - z * z) * _bell(z),
+        )
+    if type(module) is nn.Softplus:
+        beta, threshold = module.beta, module.threshold
+
+        def share(z: Tensor) -> Tensor:
+            return torch.sigmoid(beta * z)
+
+        return _Activation(
+            lambda z: F.softplus(z, beta, threshold),
+            lambda z, a: torch.where(beta * z > threshold, 1, share(z)),
+            lambda z, a: torch.where(
+                beta * z > threshold, 0, beta * share(z) * share(-z)
+            ),
+        )
+    return _ACTIVATIONS.get(type(module))
 
 
 @dataclass(frozen=True)
@@ -298,7 +755,9 @@ class _Flatten:
     pass
 
 
-_Layer = _Linear | _Conv | _Activation | _MaxPool | _Flatten
+_Weighted = _Linear | _Conv | _Columns  # with weights, and linear in its input
+_Fixed = _Normalize | _AvgPool | _GlobalAvgPool | _Unfold  # affine, without weights
+_Layer = _Weighted | _Fixed | _Activation | _MaxPool | _Flatten
 
 
 def is_plain_chain(model: nn.Module) -> bool:
@@ -318,9 +777,10 @@ def _chain_layers(model: nn.Module) -> list[_Layer] | None:
     layers: list[_Layer] = []
     for module in modules:
         layer = _chain_layer(module)
+        silent = isinstance(module, nn.Dropout) and not module.training
         if layer is not None:
             layers.append(layer)
-        elif not (isinstance(module, nn.Dropout) and not module.training):
+        elif not (silent or type(module) is nn.Identity):
             return None
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     frozen = any(not p.requires_grad for p in model.parameters())
@@ -362,9 +822,31 @@ def _chain_layer(module: nn.Module) -> _Layer | None:
         return _Conv(module) if plain and not isinstance(module.padding, str) else None
     if type(module) is nn.MaxPool2d:
         return _MaxPool(module)
+    if type(module) is nn.AvgPool2d:
+        return _AvgPool(module)
+    if type(module) is nn.AdaptiveAvgPool2d:
+        return _GlobalAvgPool() if module.output_size in (1, (1, 1)) else None
+    if type(module) is Normalize:
+        return _Normalize(module)
     if type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1):
         return _Flatten()
-    return _ACTIVATIONS.get(type(module))
+    return _activation(module)
+
+
+@dataclass
+class _Trace:
+    """What a pull-back needs of the sweeps before it, per layer.
+
+    ``inputs`` is what each layer saw, ``extras`` what else it must remember, and
+    ``arriving`` the derivative of the loss by its output.
+    """
+
+    trials: int
+    layers: list[_Layer] = field(default_factory=list)
+    inputs: list[Tensor] = field(default_factory=list)
+    extras: list[Any] = field(default_factory=list)
+    arriving: list[Any] = field(default_factory=list)
+    p: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 class _ChainMap:
@@ -373,112 +855,153 @@ class _ChainMap:
     def __init__(self, layers: Sequence[_Layer]):
         self.layers = layers
 
-    @torch.no_grad()
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Gradients, Pullback]:
-        trials, batch = images.shape[:2]
-        a = images.flatten(0, 1)  # (T*B, C, H, W)
-        inputs, extras = [], []  # what each layer saw, and what it must remember
-        for layer in self.layers:
-            inputs.append(a)
-            extra: Any = None
-            match layer:
-                case _Linear() | _Conv():
-                    a = layer.forward(a)
-                case _Activation():
-                    z, a = a, layer.function(a)
-                    extra = (layer.first(z, a), layer.second and layer.second(z, a))
-                case _MaxPool():
-                    a, extra = layer.pool(a)
-                case _Flatten():
-                    a = a.flatten(1)
-            extras.append(extra)
+        trace = self._forward(images)
+        gradients = self._backward(trace, targets)
 
-        p = torch.softmax(a, dim=-1)
-        e = (p - targets.flatten(0, 1)) / batch
-        arriving: list[Tensor | None] = [None] * len(self.layers)
-        gradients: Gradients = []
-        for index in reversed(range(len(self.layers))):
-            layer, a = self.layers[index], inputs[index]
-            arriving[index] = e
-            if isinstance(layer, _Linear | _Conv):
-                if layer.layer.bias is not None:
-                    gradients.append(_bias_gradient(e, trials))
-                gradients.append(layer.weight_gradient(a, e, trials))
-            if index > 0:
-                e = _step_back(layer, e, a, extras[index])
-        gradients.reverse()
-
-        @torch.no_grad()
         def pullback(cotangents: Gradients) -> tuple[Tensor, Tensor]:
-            return self._pullback(cotangents, trials, inputs, extras, arriving, p)
+            return self._pullback(trace, cotangents)
 
         return gradients, pullback
 
-    def _pullback(
-        self,
-        cotangents: Gradients,
-        trials: int,
-        inputs: list[Tensor],
-        extras: list[Any],
-        arriving: list[Any],
-        p: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    def graph_bytes(self, images: Tensor) -> int:
+        """What the sweeps of one trial with images (B, C, H, W) keep alive."""
+        trace = self._forward(images[None])
+        self._backward(trace, torch.zeros_like(trace.p)[None])
+        kept = [*trace.inputs, *trace.arriving]
+        for extra in trace.extras:
+            kept += extra if isinstance(extra, tuple) else [extra]
+        return _storage_bytes(t for t in kept if t is not None)
+
+    @torch.no_grad()
+    def _forward(self, images: Tensor) -> _Trace:
+        trace = _Trace(trials=len(images))
+        a = images.flatten(0, 1)  # (T*B, C, H, W)
+        for chained in self.layers:
+            for layer in _steps(chained, a):
+                trace.layers.append(layer)
+                trace.inputs.append(a)
+                extra: Any = None
+                match layer:
+                    case _Activation():
+                        z, a = a, layer.function(a)
+                        bend = layer.second and layer.second(z, a)
+                        extra = (layer.first(z, a), bend)
+                    case _MaxPool():
+                        a, extra = layer.pool(a)
+                    case _Flatten():
+                        a = a.flatten(1)
+                    case _:
+                        a = layer.forward(a)
+                trace.extras.append(extra)
+        trace.p = torch.softmax(a, dim=-1)
+        return trace
+
+    @torch.no_grad()
+    def _backward(self, trace: _Trace, targets: Tensor) -> Gradients:
+        e = (trace.p - targets.flatten(0, 1)) / targets.shape[1]
+        trace.arriving = [None] * len(trace.layers)
+        lowest = min(
+            i for i, layer in enumerate(trace.layers) if isinstance(layer, _Weighted)
+        )
+        gradients: Gradients = []
+        for index in reversed(range(lowest, len(trace.layers))):
+            layer, a = trace.layers[index], trace.inputs[index]
+            trace.arriving[index] = e
+            if isinstance(layer, _Weighted):
+                if layer.layer.bias is not None:
+                    gradients.append(_bias_gradient(e, trace.trials))
+                gradients.append(layer.weight_gradient(a, e, trace.trials))
+            if index > lowest:
+                e = _step_back(layer, e, a, trace.extras[index])
+        gradients.reverse()
+        return gradients
+
+    @torch.no_grad()
+    def _pullback(self, trace: _Trace, cotangents: Gradients) -> tuple[Tensor, Tensor]:
         # Tangent sweep: move the weights along v and watch every layer's output move.
         remaining = iter(cotangents)
         v_weights: list[Tensor | None] = []
         tangents: list[Tensor | None] = []
         a_dot: Tensor | None = None
-        for layer, a, extra in zip(self.layers, inputs, extras, strict=True):
+        steps = zip(trace.layers, trace.inputs, trace.extras, strict=True)
+        for layer, a, extra in steps:
             tangents.append(a_dot)
             v_weights.append(None)
             match layer:
-                case _Linear() | _Conv():
+                case _Linear() | _Conv() | _Columns():
                     along = next(remaining)
                     v_weights[-1] = along
                     z_dot = layer.apply_per_trial(a, along)
                     if layer.layer.bias is not None:
                         z_dot = _add_bias(z_dot, next(remaining))
                     a_dot = z_dot if a_dot is None else z_dot.add_(layer.tangent(a_dot))
-                case _Activation() if a_dot is not None:
+                case _ if a_dot is None:
+                    pass
+                case _Activation():
                     a_dot = a_dot * extra[0]
-                case _MaxPool() if a_dot is not None:
+                case _MaxPool():
                     a_dot = a_dot.flatten(2).gather(2, extra.flatten(2))
                     a_dot = a_dot.unflatten(2, extra.shape[2:])
-                case _Flatten() if a_dot is not None:
+                case _Flatten():
                     a_dot = a_dot.flatten(1)
+                case _:
+                    a_dot = layer.tangent(a_dot)
 
         # Adjoint sweep: mu is the derivative of <g, v> with respect to each output.
+        trials, p = trace.trials, trace.p
         batch = p.shape[0] // trials
         assert a_dot is not None  # a chain ends with a linear layer
         centred = a_dot - (p * a_dot).sum(-1, keepdim=True)
         to_targets = (-centred / batch).unflatten(0, (trials, batch))
         mu = p * centred / batch
-        for index in reversed(range(len(self.layers))):
-            layer, extra = self.layers[index], extras[index]
-            a, e, v = inputs[index], arriving[index], v_weights[index]
+        for index in reversed(range(len(trace.layers))):
+            layer, extra = trace.layers[index], trace.extras[index]
+            a, e, v = trace.inputs[index], trace.arriving[index], v_weights[index]
             tangent = tangents[index]
             mu = _step_back(layer, mu, a, extra)
-            if isinstance(layer, _Linear | _Conv) and v is not None:
-                mu = mu + layer.transpose_per_trial(e, v, a)
+            if isinstance(layer, _Weighted) and v is not None:
+                mu = mu.add_(layer.transpose_per_trial(e, v, a))
             elif isinstance(layer, _Activation) and tangent is not None:
                 if extra[1] is not None:
-                    mu = mu + extra[1] * tangent * e
+                    mu = mu.addcmul_(extra[1] * tangent, e)
         return mu.unflatten(0, (trials, batch)), to_targets
+
+
+def _steps(layer: _Layer, a: Tensor) -> list[_Layer]:
+    """A layer as it is run on input a: convolutions may be taken column by column."""
+    if not isinstance(layer, _Conv) or a.device.type != "cpu":
+        return [layer]
+    conv = layer.layer
+    if conv.dilation != (1, 1):
+        return [layer]
+    edges = zip(
+        a.shape[2:],
+        conv.kernel_size,
+        conv.stride,
+        _pair(conv.padding),
+        strict=True,
+    )
+    rows, columns = (1 + (n + 2 * p - k) // s for n, k, s, p in edges)
+    entries = len(a) * conv.weight[0].numel() * rows * columns
+    if entries > _FEW_COLUMNS:
+        return [layer]
+    return [_Unfold(conv), _Columns(conv, (rows, columns))]
 
 
 def _step_back(layer: _Layer, e: Tensor, a: Tensor, extra: Any) -> Tensor:
     """Carry a derivative from a layer's output to its input a."""
     match layer:
-        case _Linear() | _Conv():
-            return layer.transpose(e, a)
         case _Activation():
             return e * extra[0]
         case _MaxPool():
             back = torch.zeros_like(a).flatten(2)
             back.scatter_add_(2, extra.flatten(2), e.flatten(2))
             return back.view_as(a)
-        case _:
+        case _Flatten():
             return e.view_as(a)
+        case _:
+            return layer.transpose(e, a)
 
 
 def _per_trial(x: Tensor, trials: int) -> Tensor:
