@@ -13,6 +13,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from gradinv_helpers.bench import SUITES
 from gradinv_helpers.config import Settings, load_config
 from gradinv_helpers.data import DATASETS
 from gradinv_helpers.errors import InputError
@@ -55,7 +56,7 @@ OutputDir = Annotated[
 
 
 class _InterruptedError(Exception):
-    """Ctrl-C ended an attack, and its results so far were kept."""
+    """Ctrl-C ended a command, and its results so far were kept; says how."""
 
 
 def main() -> None:
@@ -75,8 +76,8 @@ def run(arguments: list[str]) -> int:
         if code == 130:  # how typer reports Ctrl-C
             _say("interrupted")
         return int(code or 0)
-    except _InterruptedError:
-        _say("interrupted; the best so far was scored and written")
+    except _InterruptedError as error:
+        _say(f"interrupted; {error}")
         return 130
     except InputError as error:
         _say(_with_option(error))
@@ -153,7 +154,9 @@ def invert_command(
     ] = None,
     tv_weight: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option("--tv-weight", help="Weight of the total variation."),
+        typer.Option(
+            "--tv-weight", help="Weight of the total variation; the attack's by default."
+        ),
     ] = None,
     init_scale: Annotated[
         Optional[float],  # noqa: UP045
@@ -174,7 +177,7 @@ def invert_command(
     ] = None,
     model: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--model", help="lenet, mlp, convnet or resnet18."),
+        typer.Option("--model", help="lenet, mlp, convnet, resnet18, resnet20 or vit."),
     ] = None,
     model_checkpoint: Annotated[
         Optional[str],  # noqa: UP045
@@ -194,6 +197,13 @@ def invert_command(
             help="Train a classifier for class accuracy and feature similarity.",
         ),
     ] = True,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume/--no-resume",
+            help="Go on with a search that was interrupted in the same --output-dir.",
+        ),
+    ] = False,
     config: Config = None,
     dataset: Dataset = None,
     data_root: DataRoot = None,
@@ -204,7 +214,8 @@ def invert_command(
     """Reconstruct images from the gradients that clients send.
 
     Victims are images of the test split, the first ones unless --client-indices
-    names others. Writes for every client and for the aggregate a picture (truth
+    names others. Where algebra solves a single image (attack auto or exact) there are
+    no iterations; --attack dlg searches. Writes for every client and for the aggregate a picture (truth
     beside reconstruction), a GIF of the snapshots, the loss and the scores, and a
     summary.png and run.json for the whole run.
     """
@@ -239,6 +250,7 @@ def invert_command(
         model_checkpoint=model_checkpoint,
         attack=_or(attack, group.attack),
         judge=judge,
+        resume=resume,
     )
     with _progress() as (stage, watch):
         result = run_inversion(options, on_stage=stage, on_step=watch)
@@ -249,7 +261,9 @@ def invert_command(
     typer.echo(f"\nwrote to {Path(options.output_dir)}:")
     typer.echo("  " + "\n  ".join(path.name for path in result.files))
     if result.interrupted:
-        raise _InterruptedError
+        raise _InterruptedError(
+            "the best so far was scored and written; --resume goes on from here"
+        )
 
 
 @app.command(
@@ -277,7 +291,7 @@ def train_command(
     ] = None,
     model: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--model", help="lenet, mlp, convnet or resnet18."),
+        typer.Option("--model", help="lenet, mlp, convnet, resnet18, resnet20 or vit."),
     ] = None,
     config: Config = None,
     dataset: Dataset = None,
@@ -310,6 +324,85 @@ def train_command(
         f"{result.test_accuracy:.3f} on test"
     )
     typer.echo("wrote " + " and ".join(str(path) for path in result.files))
+
+
+@app.command(
+    "bench",
+    epilog="Example: gradinv bench --suite single --dataset photos --images 20",
+)
+def bench_command(
+    suite: Annotated[
+        str,
+        typer.Option("--suite", help=f"One of {', '.join(SUITES)}."),
+    ],
+    images: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--images", help="single, table1: images under attack."),
+    ] = None,
+    recipe_images: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "--recipe-images", help="single: images for the published recipe."
+        ),
+    ] = None,
+    noise_images: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--noise-images", help="single: images with a noisy gradient."),
+    ] = None,
+    repeats: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "--repeats", help="trials: rounds of timing; labels: batches of each kind."
+        ),
+    ] = None,
+    iterations: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--iterations", help="table1: updates of signed Adam."),
+    ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="The smallest cases only, to see that it runs."),
+    ] = False,
+    config: Config = None,
+    dataset: Dataset = None,
+    data_root: DataRoot = None,
+    device: Device = None,
+    seed: Seed = None,
+    output_dir: OutputDir = None,
+) -> None:
+    """Measure our attacks beside the published recipes, in turns, on one thread.
+
+    single: one image, quality and time. trials: many images at once. labels: which
+    labels an update gives away. table1: the design of Table 1 of Inverting Gradients.
+    Writes a table, a plot and a JSON file with every measurement and the facts of the
+    machine to --output-dir (outputs/bench). After Ctrl-C the same command goes on.
+    """
+    from gradinv_helpers.bench.runner import BenchOptions, run_bench
+
+    settings = load_config(config)
+    options = BenchOptions(
+        suite=suite,
+        **_common(settings, dataset, data_root, device, seed, "photos"),
+        output_dir=_or(output_dir, "outputs/bench"),
+        quick=quick,
+        images=images,
+        recipe_images=recipe_images,
+        noise_images=noise_images,
+        repeats=repeats,
+        iterations=iterations,
+    )
+    with _progress_bar(f"suite {suite}", 1) as advance:
+        try:
+            result = run_bench(
+                options,
+                on_stage=_stage,
+                on_task=lambda done, total: advance(done / total),
+            )
+        except KeyboardInterrupt:
+            raise _InterruptedError("the same command goes on from here") from None
+    typer.echo(result.table)
+    typer.echo(f"\nwrote to {Path(options.output_dir)}:")
+    typer.echo("  " + "\n  ".join(path.name for path in result.files))
 
 
 # --- options --------------------------------------------------------------------
@@ -357,6 +450,10 @@ def _indices(text: str | None) -> tuple[int, ...] | None:
 
 def _say(text: str) -> None:
     typer.echo(f"gradinv: {text}", err=True)
+
+
+def _stage(text: str) -> None:
+    typer.echo(text, err=True)
 
 
 def _with_option(error: InputError) -> str:

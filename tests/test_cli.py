@@ -486,19 +486,26 @@ def test_interrupt_in_the_attack_keeps_the_best(elsewhere, monkeypatch, capsys) 
     assert err.splitlines()[-1].startswith("gradinv: interrupted; the best so far")
     assert "Traceback" not in err
     names = {p.format(f"client_{k}") for k in range(2) for p in PER_UPDATE}
-    assert content(elsewhere / "out") == names | {"summary.png", "run.json"}
+    names |= {"summary.png", "run.json"}
+    kept = "clients.checkpoint.safetensors"
+    assert content(elsewhere / "out") == names | {kept}
     assert json.loads((elsewhere / "out/run.json").read_text())["interrupted"] is True
     assert "client_1" in out
+
+    monkeypatch.setattr(experiment, "invert_clients", original)
+    arguments[arguments.index("50")] = "5"
+    assert cli.run([*arguments, "--output-dir", "out", "--resume"]) == 0
+    assert content(elsewhere / "out") == names
 
 
 def test_a_real_interrupt(elsewhere) -> None:
     """SIGINT to a running process, as Ctrl-C sends it."""
     code = """
 import signal, sys
-from gradinv_helpers.attacks import invert
+from gradinv_helpers.attacks import search
 from gradinv_helpers.cli import main
 
-original = invert.Step
+original = search.Step
 
 
 def tell(**fields):
@@ -506,7 +513,7 @@ def tell(**fields):
     return original(**fields)
 
 
-invert.Step = tell
+search.Step = tell
 signal.signal(signal.SIGINT, signal.default_int_handler)
 main()
 """
@@ -530,7 +537,8 @@ main()
     assert "Traceback" not in err
     assert err.splitlines()[-1].startswith("gradinv: interrupted")
     names = {pattern.format("client_0") for pattern in PER_UPDATE}
-    assert content(elsewhere / "out") == names | {"summary.png", "run.json"}
+    kept = {"summary.png", "run.json", "clients.checkpoint.safetensors"}
+    assert content(elsewhere / "out") == names | kept
     metrics = json.loads((elsewhere / "out/client_0_metrics.json").read_text())
     assert metrics["stopped"] == "interrupted"
 

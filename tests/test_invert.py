@@ -289,8 +289,11 @@ def test_resnet18_runs_and_lowers_its_loss(short_iterations) -> None:
 
 
 def test_a_layer_without_second_derivative_is_named() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.Hardsigmoid())
-    model.append(nn.Linear(5, 10))
+    class Fused(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.ops.aten.hardsigmoid(x)
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 5), Fused(), nn.Linear(5, 10))
     message = "model: expected layers that torch can differentiate twice, .*hardsigmoid"
     with pytest.raises(InputError, match=message) as error:
         search(local_update(model, digits(1)))
@@ -1070,3 +1073,16 @@ def test_levenberg_marquardt_needs_squares(settings, got: str) -> None:
     message = f"optimiser: expected known labels and the squared error alone .*{got}"
     with pytest.raises(InputError, match=message):
         invert(update_of(digits(1)), optimiser="levenberg-marquardt", **settings)
+
+
+def test_trials_that_do_not_fit_together_are_taken_in_turns() -> None:
+    updates = [update_of(digits(k)) for k in range(3)]
+    problem = MatchingProblem(updates, make_plan(updates, "idlg"))
+    generator = torch.Generator().manual_seed(0)
+    points = torch.stack([problem.start(generator, 0.3) for _ in range(7)])
+    clients = torch.tensor([0, 1, 2, 0, 1, 2, 2])
+    loss, gradient = problem.evaluate(points, clients)
+    problem.together = 3
+    again, slopes = problem.evaluate(points, clients)
+    torch.testing.assert_close(again, loss)
+    torch.testing.assert_close(slopes, gradient)

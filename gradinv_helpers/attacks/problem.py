@@ -13,7 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gradinv_helpers.attacks.gradients import GradientMap, Gradients, gradient_map
+from gradinv_helpers.attacks.gradients import (
+    GradientMap,
+    Gradients,
+    gradient_map,
+    trials_at_once,
+)
 from gradinv_helpers.attacks.jacobian import linearise_gradient
 from gradinv_helpers.attacks.matching import (
     normalized_groups,
@@ -28,6 +33,7 @@ from gradinv_helpers.updates import SharedUpdate
 
 _BOX_WEIGHT = 1.0
 _TV_SMOOTHING = 1e-3
+_MOST_BYTES = 3 * 2**30  # what all trials of one evaluation may keep together
 
 
 class MatchingProblem:
@@ -76,6 +82,8 @@ class MatchingProblem:
         self.like = self.targets[0]
         first = self.updates[0]
         self.map: GradientMap = gradient_map(self.model)
+        batch = (self.num_samples, *self.shape)
+        self.together = trials_at_once(self.model, batch, budget_bytes=_MOST_BYTES)
         if first.normalized:
             self.map = normalized_groups(self.map, first.group_sizes or ())
 
@@ -165,6 +173,13 @@ class MatchingProblem:
 
     def evaluate(self, points: Tensor, clients: Tensor) -> tuple[Tensor, Tensor]:
         """Loss (A,) and gradient (A, n) of points (A, n)."""
+        parts = zip(
+            points.split(self.together), clients.split(self.together), strict=True
+        )
+        found = [self._evaluate(some, theirs) for some, theirs in parts]
+        return torch.cat([loss for loss, _ in found]), torch.cat([g for _, g in found])
+
+    def _evaluate(self, points: Tensor, clients: Tensor) -> tuple[Tensor, Tensor]:
         images = self.images(points)
         targets = self._targets(points, clients)
         gradients, pullback = self.map(images, targets)
