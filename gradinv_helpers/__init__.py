@@ -27,13 +27,18 @@ if TYPE_CHECKING:
     from gradinv_helpers.attacks.analytic import (
         linear_layer_input as linear_layer_input,
     )
-    from gradinv_helpers.attacks.exact import Certificate as Certificate
-    from gradinv_helpers.attacks.invert import Reconstruction as Reconstruction
-    from gradinv_helpers.attacks.invert import Step as Step
-    from gradinv_helpers.attacks.invert import TrialReport as TrialReport
+    from gradinv_helpers.attacks.certificate import Certificate as Certificate
+    from gradinv_helpers.attacks.certificate import LayerSolution as LayerSolution
+    from gradinv_helpers.attacks.exact import ExactSolution as ExactSolution
+    from gradinv_helpers.attacks.exact import invert_exactly as invert_exactly
     from gradinv_helpers.attacks.invert import invert as invert
     from gradinv_helpers.attacks.invert import invert_clients as invert_clients
+    from gradinv_helpers.attacks.jacobian import JacobianRank as JacobianRank
+    from gradinv_helpers.attacks.jacobian import jacobian_rank as jacobian_rank
     from gradinv_helpers.attacks.labels import infer_labels as infer_labels
+    from gradinv_helpers.attacks.reconstruction import Reconstruction as Reconstruction
+    from gradinv_helpers.attacks.reconstruction import Step as Step
+    from gradinv_helpers.attacks.reconstruction import TrialReport as TrialReport
     from gradinv_helpers.checkpoints import load_checkpoint as load_checkpoint
     from gradinv_helpers.checkpoints import save_checkpoint as save_checkpoint
     from gradinv_helpers.classifier import Classifier as Classifier
@@ -49,11 +54,18 @@ if TYPE_CHECKING:
     from gradinv_helpers.federated.aggregation import aggregate as aggregate
     from gradinv_helpers.federated.aggregation import apply_update as apply_update
     from gradinv_helpers.federated.aggregation import normalize as normalize
+    from gradinv_helpers.identifiability import Identification as Identification
+    from gradinv_helpers.identifiability import identify as identify
+    from gradinv_helpers.image_metrics import registered_psnr as registered_psnr
+    from gradinv_helpers.intervals import bootstrap_interval as bootstrap_interval
+    from gradinv_helpers.intervals import share_interval as share_interval
     from gradinv_helpers.metrics import LeakageScore as LeakageScore
     from gradinv_helpers.metrics import score as score
+    from gradinv_helpers.models import Normalize as Normalize
     from gradinv_helpers.models import build_model as build_model
     from gradinv_helpers.partition import Client as Client
     from gradinv_helpers.partition import partition as partition
+    from gradinv_helpers.perceptual import perceptual_distance as perceptual_distance
     from gradinv_helpers.updates import LocalTraining as LocalTraining
     from gradinv_helpers.updates import SharedUpdate as SharedUpdate
     from gradinv_helpers.updates import local_update as local_update
@@ -61,23 +73,24 @@ if TYPE_CHECKING:
 _HOMES = {
     "data": ("Images", "load_images"),
     "partition": ("Client", "partition"),
-    "models": ("build_model",),
+    "models": ("Normalize", "build_model"),
     "classifier": ("Classifier", "accuracy", "train_classifier"),
     "checkpoints": ("load_checkpoint", "save_checkpoint"),
     "updates": ("LocalTraining", "SharedUpdate", "local_update"),
     "defences": ("GaussianNoise", "defend"),
     "federated.aggregation": ("aggregate", "apply_update", "normalize"),
     "attacks.analytic": ("linear_layer_input",),
-    "attacks.exact": ("Certificate",),
+    "attacks.certificate": ("Certificate", "LayerSolution"),
+    "attacks.exact": ("ExactSolution", "invert_exactly"),
+    "attacks.jacobian": ("JacobianRank", "jacobian_rank"),
     "attacks.labels": ("infer_labels",),
-    "attacks.invert": (
-        "Reconstruction",
-        "Step",
-        "TrialReport",
-        "invert",
-        "invert_clients",
-    ),
+    "attacks.reconstruction": ("Reconstruction", "Step", "TrialReport"),
+    "attacks.invert": ("invert", "invert_clients"),
     "metrics": ("LeakageScore", "score"),
+    "identifiability": ("Identification", "identify"),
+    "image_metrics": ("registered_psnr",),
+    "perceptual": ("perceptual_distance",),
+    "intervals": ("bootstrap_interval", "share_interval"),
     "config": ("Settings", "load_config"),
     "errors": ("InputError",),
 }

@@ -27,6 +27,8 @@ class ModelInfo:
     in_channels: int
     image_size: int
     num_classes: int
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
 
 def save_checkpoint(path: str | Path, model: nn.Module, info: ModelInfo) -> Path:
@@ -84,8 +86,11 @@ def load_checkpoint(
     info = None
     if about is not None:
         try:
+            for name in ("mean", "std"):  # JSON has no tuples
+                if about.get(name) is not None:
+                    about[name] = tuple(map(float, about[name]))
             info = ModelInfo(**about)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise _damaged(path, "its description of the model is not ours") from error
     if model is None:
         if info is None:

@@ -315,3 +315,29 @@ def test_unknown_suffix(name: str, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message):
             call()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("name", ["lenet", "resnet20"])
+def test_input_statistics_come_back(tmp_path: Path, suffix: str, name: str) -> None:
+    info = ModelInfo(name, 3, 16, 5, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+    model = build_model(
+        name, in_channels=3, image_size=16, num_classes=5, mean=info.mean, std=info.std
+    )
+    path = save_checkpoint(tmp_path / f"model{suffix}", model, info)
+    loaded, found = load_checkpoint(path)
+    assert found == info
+    x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(loaded(x), model(x))
+
+
+@pytest.mark.parametrize("mean", ["none", [[1.0]], ["a"], 3])
+def test_statistics_that_are_none_are_damage(tmp_path: Path, mean: object) -> None:
+    path = tmp_path / "model.pth"
+    save_checkpoint(path, model_of(INFO), INFO)
+    content = torch.load(path, weights_only=True)
+    key = next(k for k in content if k != "state_dict")
+    content[key]["mean"] = mean
+    torch.save(content, path)
+    with pytest.raises(InputError, match="checkpoint: expected an undamaged file"):
+        load_checkpoint(path)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradinv_helpers.attacks.gradients import gradient_map
-from gradinv_helpers.attacks.matching import squared_error
+from gradinv_helpers.attacks.matching import normalized_groups, squared_error
 from gradinv_helpers.updates import SharedUpdate
 
 # The square of this is what double precision can hold.
@@ -107,7 +107,7 @@ def gradient_residual(update: SharedUpdate, images: Tensor, labels: Tensor) -> f
     """Relative squared distance between the gradient of an answer and an update.
 
     Args:
-        update: A gradient, or the weight change of one SGD step.
+        update: A gradient, normalised or not, or the weight change of one SGD step.
         images: Shape (N, C, H, W), not clamped.
         labels: Shape (N,).
 
@@ -117,14 +117,18 @@ def gradient_residual(update: SharedUpdate, images: Tensor, labels: Tensor) -> f
 
     Taught in: notebooks/03_stronger_matching.
     """
-    stated = update.gradient()
+    loose = update.normalized and update.kind == "gradient"
+    stated = dict(update.tensors) if loose else update.gradient()
     like = next(iter(stated.values()))
     model = copy.deepcopy(update.model).double()
     images = images.to(like.device).double()
     with torch.no_grad():
-        classes = model(images[:1]).shape[1]
+        classes = copy.deepcopy(model).eval()(images[:1]).shape[1]
     target = F.one_hot(labels.to(like.device), classes).to(images)[None]
-    gradients, _ = gradient_map(model)(images[None], target)
+    mapping = gradient_map(model)
+    if loose:
+        mapping = normalized_groups(mapping, update.group_sizes or ())
+    gradients, _ = mapping(images[None], target)
     loss, _ = squared_error(gradients, [g.double()[None] for g in stated.values()])
     residual = float(loss)
     return residual if residual == residual else float("inf")

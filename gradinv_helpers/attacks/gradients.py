@@ -182,7 +182,7 @@ class _AutogradMap:
         if self.use_vmap and len(images) > 1:
             try:
                 with warnings.catch_warnings():  # of operations that vmap loops over
-                    warnings.filterwarnings("ignore", "There is a performance drop")
+                    warnings.simplefilter("ignore", UserWarning)
                     per_trial = vmap(grad(self._loss), in_dims=(None, 0, 0))(
                         self.trained, images, targets
                     )

@@ -13,14 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-try:  # TEMP
-    from gradinv_helpers.attacks.exact import ExactSolution, invert_exactly
-except ImportError:  # TEMP
-    def invert_exactly(update, *, labels=None, seed=0):
-        from gradinv_helpers.attacks import exact as e
-        from types import SimpleNamespace as N
-        i, l, c = e.invert_layer_by_layer(update)
-        return N(images=i, labels=l, certificate=c, reason="layer by layer", label_source="inferred (last bias)")
+from gradinv_helpers.attacks.exact import ExactSolution, invert_exactly
 from gradinv_helpers.attacks.matching import Distance
 from gradinv_helpers.attacks.plan import ATTACKS, make_plan
 from gradinv_helpers.attacks.problem import MatchingProblem
@@ -196,26 +189,13 @@ def invert_clients(
             "attack", "a search, where a distance or an optimiser is given", "'exact'"
         )
     solved: dict[int, Reconstruction] = {}
-    guesses: dict = {}
+    guesses: dict[int, ExactSolution] = {}
     settled = tv_weight is not None or distance is not None or optimiser is not None
     if attack == "exact" or (attack == "auto" and not settled):
-        must = attack == "exact"
-        for k, update in enumerate(updates):
-            known = None if labels is None else labels[k]
-            begun = time.perf_counter()
-            try:
-                solution = _solve(update, known, seed + k)
-            except InputError:
-                if must:
-                    raise
-                break  # the model has no such structure, for none of the clients
-            if must or solution.certificate.exact:
-                solved[k] = _as_reconstruction(update, solution, begun, seed + k)
-                if on_step is not None:
-                    loss = solution.certificate.residual
-                    on_step(Step(k, 0, iterations, loss, iterations, True))
-            else:
-                guesses[k] = solution
+        solved, guesses = _by_algebra(updates, labels, seed, must=attack == "exact")
+        for k, solution in solved.items():
+            if on_step is not None:
+                on_step(Step(k, 0, iterations, solution.loss, iterations, True))
         if len(solved) == len(updates):
             return [solved[k] for k in range(len(updates))]
     plan = make_plan(
@@ -226,13 +206,24 @@ def invert_clients(
         optimiser=optimiser,
         tv_weight=tv_weight,
     )
-    if guesses:
+    open_ones = [k for k in range(len(updates)) if k not in solved]
+    # Equations of full rank that leave a residual speak of noise.
+    noisy = any(update.noise_std for update in updates)
+    spoilt = len(guesses) == len(open_ones) and all(
+        guess.certificate.determined for guess in guesses.values()
+    )
+    if spoilt:
         why = "the algebra of 'exact' left a residual, as noise does; then "
         plan = replace(plan, reason=f"{why}{plan.reason}")
-    noisy = any(update.noise_std for update in updates)
-    open_ones = [k for k in range(len(updates)) if k not in solved]
+    if plan.labels is None and len(guesses) == len(open_ones):
+        found_labels = {k: guess.labels.cpu() for k, guess in guesses.items()}
+        plan = replace(
+            plan,
+            labels=[found_labels.get(k, torch.empty(0)) for k in range(len(updates))],
+            label_source=guesses[open_ones[0]].label_source,
+        )
     on_cpu = next(iter(updates[0].tensors.values())).device.type == "cpu"
-    if guesses:  # a good start needs no rivals; a bad one is replaced
+    if spoilt:  # a good start needs no rivals; a bad one is replaced
         restarts = 1
     width = max(1, (_TRIALS_CPU if on_cpu else _TRIALS_GPU) // restarts)
     for first in range(0, len(open_ones), width):
@@ -252,7 +243,7 @@ def invert_clients(
             guesses={
                 i: guesses[k].images for i, k in enumerate(chosen) if k in guesses
             },
-            denoise=attack == "auto" and not settled and bool(guesses or noisy),
+            denoise=attack == "auto" and not settled and (spoilt or noisy),
             checkpoint=_numbered(checkpoint, first // width),
         )
         solved |= dict(zip(chosen, search.run(), strict=False))
@@ -276,16 +267,35 @@ def _numbered(path: str | Path | None, number: int) -> Path | None:
     return path.with_name(f"{path.stem}.{number}{path.suffix}") if number else path
 
 
-def _solve(
-    update: SharedUpdate, labels: Tensor | Sequence[int] | None, seed: int
-) -> 'ExactSolution':
-    known = None if labels is None else torch.as_tensor(labels)
-    with cpu_threads(0):
-        return invert_exactly(update, labels=known, seed=seed)
+def _by_algebra(
+    updates: Sequence[SharedUpdate],
+    labels: Sequence[Tensor | Sequence[int]] | None,
+    seed: int,
+    *,
+    must: bool,
+) -> tuple[dict[int, Reconstruction], dict[int, ExactSolution]]:
+    """Clients that algebra solves, and its answers that are not exact."""
+    solved: dict[int, Reconstruction] = {}
+    guesses: dict[int, ExactSolution] = {}
+    for k, update in enumerate(updates):
+        known = None if labels is None else torch.as_tensor(labels[k])
+        begun = time.perf_counter()
+        try:
+            with cpu_threads(0):
+                solution = invert_exactly(update, labels=known, seed=seed + k)
+        except InputError:
+            if must:
+                raise
+            break  # the structure is missing for all clients
+        if must or solution.certificate.exact:
+            solved[k] = _as_reconstruction(update, solution, begun, seed + k)
+        else:
+            guesses[k] = solution
+    return solved, guesses
 
 
 def _as_reconstruction(
-    update: SharedUpdate, solution, begun: float, seed: int
+    update: SharedUpdate, solution: ExactSolution, begun: float, seed: int
 ) -> Reconstruction:
     images = solution.images.clamp(0, 1).float().cpu()
     certificate = solution.certificate

@@ -133,7 +133,8 @@ class MatchingProblem:
 
     def _probe(self) -> torch.nn.Module:
         """A copy of the model in evaluation mode, which may be run at will."""
-        return copy.deepcopy(self.model).eval()
+        model = copy.deepcopy(self.updates[0].model).to(self.targets[0].dtype)
+        return model.eval()
 
     @property
     def num_pixels(self) -> int:
