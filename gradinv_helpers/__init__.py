@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from gradinv_helpers.attacks.analytic import (
         linear_layer_input as linear_layer_input,
     )
+    from gradinv_helpers.attacks.batch_size import (
+        infer_num_samples as infer_num_samples,
+    )
     from gradinv_helpers.attacks.certificate import Certificate as Certificate
     from gradinv_helpers.attacks.certificate import LayerSolution as LayerSolution
     from gradinv_helpers.attacks.exact import ExactSolution as ExactSolution
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from gradinv_helpers.attacks.invert import invert_clients as invert_clients
     from gradinv_helpers.attacks.jacobian import JacobianRank as JacobianRank
     from gradinv_helpers.attacks.jacobian import jacobian_rank as jacobian_rank
+    from gradinv_helpers.attacks.labels import infer_label_counts as infer_label_counts
     from gradinv_helpers.attacks.labels import infer_labels as infer_labels
     from gradinv_helpers.attacks.reconstruction import Reconstruction as Reconstruction
     from gradinv_helpers.attacks.reconstruction import Step as Step
@@ -83,7 +87,8 @@ _HOMES = {
     "attacks.certificate": ("Certificate", "LayerSolution"),
     "attacks.exact": ("ExactSolution", "invert_exactly"),
     "attacks.jacobian": ("JacobianRank", "jacobian_rank"),
-    "attacks.labels": ("infer_labels",),
+    "attacks.batch_size": ("infer_num_samples",),
+    "attacks.labels": ("infer_label_counts", "infer_labels"),
     "attacks.reconstruction": ("Reconstruction", "Step", "TrialReport"),
     "attacks.invert": ("invert", "invert_clients"),
     "metrics": ("LeakageScore", "score"),

@@ -215,9 +215,9 @@ def invert_command(
 
     Victims are images of the test split, the first ones unless --client-indices
     names others. Where algebra solves a single image (attack auto or exact) there are
-    no iterations; --attack dlg searches. Writes for every client and for the aggregate a picture (truth
-    beside reconstruction), a GIF of the snapshots, the loss and the scores, and a
-    summary.png and run.json for the whole run.
+    no iterations; --attack dlg searches. Writes for every client and for the aggregate
+    a picture (truth beside reconstruction), a GIF of the snapshots, the loss and the
+    scores, and a summary.png and run.json for the whole run.
     """
     from gradinv_helpers.experiment import InversionOptions, run_inversion
 

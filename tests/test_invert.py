@@ -1037,9 +1037,7 @@ def test_a_recipe_is_not_mixed_with_algebra() -> None:
 def test_levenberg_marquardt_finds_all_digits_of_the_gradient() -> None:
     truth = digits(1)
     update = update_of(truth)
-    found = invert(
-        update, optimiser="levenberg-marquardt", iterations=20, restarts=1
-    )
+    found = invert(update, optimiser="levenberg-marquardt", iterations=20, restarts=1)
     assert found.stopped == "matched"
     assert found.loss < 1e-12
     assert psnr(found, truth)[0] > 80

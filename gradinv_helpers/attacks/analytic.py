@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -140,7 +139,7 @@ def linear_front(model: nn.Module) -> LinearFront:
     names = {id(module): name for name, module in model.named_modules()}
     modules = modules_in_order(model)
     place = next((i for i, m in enumerate(modules) if not _passes(m)), len(modules))
-    before, after = tuple(modules[:place]), modules[place + 1 :]
+    before = tuple(modules[:place])
     layer = modules[place] if place < len(modules) else None
     problem = ""
     if type(layer) is not nn.Linear:
@@ -153,11 +152,13 @@ def linear_front(model: nn.Module) -> LinearFront:
         problem = f"no Flatten before layer {names[id(layer)]}"
     elif any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
         problem = "hooks"
-    elif _shares_weights(layer, model, after):
+    elif _shares_weights(layer, model):
         problem = f"layer {names[id(layer)]} used twice"
     if problem or not isinstance(layer, nn.Linear):
         raise InputError("model", expected, problem, hint)
-    return LinearFront(names[id(layer)], layer, before, nn.Sequential(*after))
+    return LinearFront(
+        names[id(layer)], layer, before, nn.Sequential(*modules[place + 1 :])
+    )
 
 
 def _passes(module: nn.Module) -> bool:
@@ -169,13 +170,10 @@ def _passes(module: nn.Module) -> bool:
     return type(module) in (Normalize, nn.Identity)
 
 
-def _shares_weights(
-    layer: nn.Linear, model: nn.Module, after: Iterable[nn.Module]
-) -> bool:
+def _shares_weights(layer: nn.Linear, model: nn.Module) -> bool:
     own = {id(p) for p in layer.parameters()}
-    later = {id(p) for module in after for p in module.parameters()}
-    loose = {id(p) for p in model._parameters.values()}
-    return bool(own & (later | loose))
+    everything = model.named_parameters(remove_duplicate=False)
+    return sum(id(p) in own for _, p in everything) > len(own)
 
 
 def class_fits(

@@ -1,54 +1,196 @@
-"""Labels from a gradient, before any image. Taught in: notebooks/02_dlg_four_steps."""
+"""Labels from an update, before any image.
+
+Taught in: notebooks/02_dlg_four_steps and notebooks/03_stronger_matching.
+"""
 
 from __future__ import annotations
-
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from gradinv_helpers.errors import InputError, check_choice
+from gradinv_helpers.attacks.label_counts import (
+    counts_by_llg,
+    counts_by_moments,
+    counts_by_signs,
+    dummy_impact,
+)
+from gradinv_helpers.attacks.last_layer import (
+    LastLayer,
+    dummy_features,
+    groups_of,
+    mean_gradient,
+    read_last_layer,
+)
+from gradinv_helpers.attacks.separation import can_separate, separate, separate_batch
+from gradinv_helpers.attacks.trajectory import counts_by_trajectory
+from gradinv_helpers.errors import InputError, check_choice, check_count, check_seed
 from gradinv_helpers.updates import SharedUpdate
+
+LABEL_METHODS: tuple[str, ...] = (
+    "auto",
+    "idlg",
+    "signs",
+    "llg",
+    "llg*",
+    "moments",
+    "exact",
+    "trajectory",
+)
 
 
 def infer_labels(
-    update: SharedUpdate, *, method: Literal["auto", "idlg"] = "auto"
+    update: SharedUpdate,
+    *,
+    method: str = "auto",
+    num_samples: int | None = None,
+    seed: int = 0,
 ) -> Tensor:
-    r"""Read the label of a single image off the gradient of the last linear layer.
+    r"""Read the labels of a batch off the gradient of the last linear layer.
 
-    For softmax and cross-entropy the bias gradient is :math:`p - y`: negative at the
-    true class only. Row k of the weight gradient is :math:`(p_k - y_k)\,h^\top`, so
-    without a bias the true row is the one that points against all others. Where only
-    two rows count, the features h must not be negative (as after sigmoid or ReLU).
+    For softmax and cross-entropy the bias gradient of one sample is :math:`p - y`:
+    negative at the true class only. Row k of the weight gradient is
+    :math:`(p_k - y_k)\,h^\top`, so without a bias the true row is the one that points
+    against all others. Where only two rows count, the features h must not be negative
+    (as after sigmoid or ReLU). For several samples see ``infer_label_counts``.
 
     Args:
-        update: A gradient, or the weight change of one SGD step, of one sample.
-        method: ``idlg``; ``auto`` picks it.
+        update: What the server saw.
+        method: ``idlg`` for one sample, or a method of ``infer_label_counts``.
+        num_samples: Number of labels; ``update.num_samples`` where ``None``.
+        seed: As for ``infer_label_counts``.
 
     Returns:
-        The label, shape (1,).
+        The labels in ascending order, shape (N,). Which image bears which label is
+        not in the gradient: the order within a batch has no meaning.
 
     Raises:
-        InputError: The update holds several samples or several steps, the model has
-            no linear last layer, or no single class stands out.
+        InputError: As for ``infer_label_counts``; or, for one sample, no single class
+            stands out.
 
-    Source: Zhao et al. (2020), Section 3. Taught in: notebooks/02_dlg_four_steps.
+    Source: Zhao et al. (2020), Section 3, for one sample.
+    Taught in: notebooks/02_dlg_four_steps and notebooks/03_stronger_matching.
     """
-    check_choice("method", method, ("auto", "idlg"))
-    if update.num_samples != 1:
+    counts = infer_label_counts(
+        update, method=method, num_samples=num_samples, seed=seed
+    )
+    return torch.repeat_interleave(torch.arange(len(counts)), counts)
+
+
+def infer_label_counts(
+    update: SharedUpdate,
+    *,
+    method: str = "auto",
+    num_samples: int | None = None,
+    seed: int = 0,
+) -> Tensor:
+    r"""Count how often each class occurs among the labels behind an update.
+
+    The bias gradient of the last layer is mean prediction minus label shares,
+    :math:`g = \bar p - n / N`. Untrained models predict much the same for every
+    image, so that :math:`\bar p` is easy to guess and the counts are nearly exact.
+    The surer the model is of its answers, the less the gradient says about large
+    batches: there no method here is better than guessing equal counts.
+
+    Args:
+        update: What the server saw; an aggregate counts the labels of all clients.
+        method: ``idlg``: one sample. ``signs``: the N classes whose rows hold the
+            lowest entries, at most one label each. ``llg``: subtracts labels from the
+            row sums one by one; ``llg*`` measures with dummy images what one label
+            subtracts. ``moments``: N times guessed mean prediction minus bias
+            gradient, within bounds that are certain. ``exact``: takes the batch apart
+            (``separate_batch``), for N up to half the number of classes, and fails
+            rather than being wrong. ``trajectory``: several local steps of SGD,
+            momentum or Adam, by simulation. ``auto``: ``idlg`` for one sample,
+            ``trajectory`` for several steps or Adam, otherwise ``exact`` where it
+            succeeds, then ``moments``, and ``llg`` where normalised clients hide a
+            scale that cannot be found.
+        num_samples: Number N of labels; ``update.num_samples`` where ``None``.
+        seed: Seed of dummy images, simulated orders and starting points.
+
+    Returns:
+        Counts (K,), integers of sum N.
+
+    Raises:
+        InputError: The method does not fit the update; the message says what does.
+
+    Source: Zhao et al. (2020) for ``idlg``; Yin et al. (2021) for ``signs``; Wainakh
+    et al. (2022) for ``llg``; Ma et al. (2023) count instances by features of each
+    class as ``moments`` does; Chen and Vikalo (2024) simulate local training.
+    Taught in: notebooks/03_stronger_matching.
+    """
+    check_choice("method", method, LABEL_METHODS)
+    count = update.num_samples if num_samples is None else num_samples
+    check_count("num_samples", count)
+    check_seed("seed", seed)
+    layer = read_last_layer(update)
+    if method == "auto":
+        return _counts_of_the_best_method(update, layer, count, seed)
+    if method == "idlg":
+        return _idlg(update, layer, count)
+    if method == "exact":
+        labels = separate_batch(update, num_samples=count, seed=seed).labels
+        return labels.bincount(minlength=layer.num_classes)
+    if method == "trajectory":
+        return counts_by_trajectory(update, layer, count, seed)
+    if method == "moments":
+        if not update.normalized:
+            update.gradient()  # refuses what states none
+        return counts_by_moments(update, layer, count, seed)
+    weight, _ = mean_gradient(update, layer, groups_of(update, count))
+    if not bool(weight.any()):
+        raise InputError("update", "a non-zero gradient in the last layer", "all zeros")
+    if method == "signs":
+        return counts_by_signs(weight, count)
+    if method == "llg":
+        return counts_by_llg(weight, count)
+    if update.normalized:
+        raise InputError(
+            "update",
+            "an update of known scale for method 'llg*'",
+            "normalised clients",
+            "use method 'llg'",
+        )
+    impact, offset = dummy_impact(layer, dummy_features(update, seed), count)
+    return counts_by_llg(weight, count, impact=impact, offset=offset)
+
+
+def _counts_of_the_best_method(
+    update: SharedUpdate, layer: LastLayer, num_samples: int, seed: int
+) -> Tensor:
+    """Counts (K,) by what was measured to be most accurate for such an update."""
+    groups = groups_of(update, num_samples)
+    one_step = update.training.optimiser != "adam" and all(
+        update.training.num_steps(size) == 1 for size in groups
+    )
+    if one_step and num_samples == 1:
+        return _idlg(update, layer, num_samples)
+    if not one_step and not update.normalized:
+        return counts_by_trajectory(update, layer, num_samples, seed)
+    if can_separate(update, layer, num_samples):
+        found = separate(update, layer, num_samples, seed)
+        if found is not None:
+            return found.labels.bincount(minlength=layer.num_classes)
+    if update.normalized:
+        known = len(groups) == 1 and one_step and num_samples < layer.num_classes
+        if not known:
+            weight, _ = mean_gradient(update, layer, groups)
+            return counts_by_llg(weight, num_samples)
+    return counts_by_moments(update, layer, num_samples, seed)
+
+
+def _idlg(update: SharedUpdate, layer: LastLayer, num_samples: int) -> Tensor:
+    """Counts (K,) of one sample: a single one."""
+    if num_samples != 1:
         raise InputError(
             "update",
             "an update of one sample for label inference by iDLG",
-            f"one of {update.num_samples} samples",
+            f"one of {num_samples} samples",
             "let the attack 'dlg' fit the labels, or pass labels= if they are known",
         )
-    if update.normalized or update.kind == "gradient":
-        gradient = dict(update.tensors)  # a positive factor changes no sign
-    else:
-        gradient = update.gradient()
-    weight_name, bias_name = _last_linear(update)
-    weight = gradient[weight_name]
-    scores = gradient[bias_name] if bias_name else _scores_of_rows(weight)
+    if not update.normalized:
+        update.gradient()  # refuses what states none
+    weight, bias = mean_gradient(update, layer, (1,))
+    scores = _scores_of_rows(weight) if bias is None else bias
     negative = torch.nonzero(scores < 0).flatten()
     if len(negative) != 1:
         # Noise or rounding can flip small entries; the true one is by far the lowest.
@@ -60,7 +202,7 @@ def infer_labels(
                 f"{len(negative)} such classes",
                 "the update is not that of one hard label, or it is too noisy",
             )
-    return scores.argmin().reshape(1).cpu()
+    return torch.nn.functional.one_hot(scores.argmin(), layer.num_classes)
 
 
 def _scores_of_rows(weight: Tensor) -> Tensor:
@@ -79,22 +221,3 @@ def _scores_of_rows(weight: Tensor) -> Tensor:
         "none of them",
         "use the attack 'dlg', or pass labels= if they are known",
     )
-
-
-def _last_linear(update: SharedUpdate) -> tuple[str, str | None]:
-    """Names of weight and bias of the last layer, where it is linear."""
-    found: tuple[str, str | None] | None = None
-    for name, module in update.model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            prefix = f"{name}." if name else ""
-            has_bias = f"{prefix}bias" in update.tensors
-            if f"{prefix}weight" in update.tensors:
-                found = (f"{prefix}weight", f"{prefix}bias" if has_bias else None)
-    if found is None:
-        raise InputError(
-            "update",
-            "a model that ends with a trainable torch.nn.Linear",
-            type(update.model).__name__,
-            "use the attack 'dlg', or pass labels= if they are known",
-        )
-    return found

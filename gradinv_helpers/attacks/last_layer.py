@@ -83,6 +83,13 @@ def read_last_layer(update: SharedUpdate) -> LastLayer:
     )
 
 
+def groups_of(update: SharedUpdate, num_samples: int) -> tuple[int, ...]:
+    """Samples of each client, or of one client where another number is supposed."""
+    if num_samples == update.num_samples:
+        return update.group_sizes or (num_samples,)
+    return (num_samples,)
+
+
 def mean_gradient(
     update: SharedUpdate, layer: LastLayer, group_sizes: tuple[int, ...]
 ) -> tuple[Tensor, Tensor | None]:
@@ -148,16 +155,6 @@ def mean_gain(recipe: LocalTraining, group_sizes: tuple[int, ...]) -> float:
         for size in group_sizes
     )
     return total / sum(group_sizes)
-
-
-def local_weights(update: SharedUpdate, share: float) -> nn.Module:
-    """A copy of the model, moved by ``share`` of the update."""
-    model = copy.deepcopy(update.model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in update.tensors:
-                parameter.add_(share * update.tensors[name])
-    return model
 
 
 def dummy_images(update: SharedUpdate, seed: int) -> Tensor:

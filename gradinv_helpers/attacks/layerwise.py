@@ -37,7 +37,9 @@ from gradinv_helpers.updates import SharedUpdate
 
 # Activations at their limits have no inverse; this far inside it is still accurate.
 _EDGE = 1e-12
-_RIDGE = 1e-14  # share of the mean diagonal, against rounding in the factorisation
+# Shares of the mean diagonal that are added to it, against rounding in the
+# factorisation; one after the other until it succeeds.
+_RIDGES = (1e-14, 1e-11, 1e-8)
 # Below this reciprocal condition the ridge alone holds the factor together.
 _SINGULAR = 1e-13
 # The dense matrix of more unknowns than this does not fit: 6 GiB.
@@ -212,7 +214,8 @@ def _undo(layer: nn.Module, value: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(layer, nn.Tanh):
         inside = value.clamp(-1 + _EDGE, 1 - _EDGE)
         return torch.atanh(inside), 1 - inside.square()
-    on = value > _EDGE
+    # Outputs of ReLU are never negative: those that are show how far the others err.
+    on = value > max(_EDGE, 30 * float(-value.min()))
     return torch.where(on, value, float("nan")), on.to(value)
 
 
@@ -249,9 +252,9 @@ class _Convolution:
         moments = weight_gradient.cpu().flatten(2).transpose(0, 1).flatten(1)
         # Each kind of equation is scaled to mean square one, so that none is lost.
         self.known = int((trust != 0).sum())
-        places = (self.taps >= 0).to(trust).sum(0)  # taps inside, by place
-        inside = self.weight.square().sum((1, 2, 3))[:, None] * places / len(self.taps)
-        size = (trust.flatten(1).square() * inside).sum() / max(1, self.known)
+        ones = torch.ones(1, *shape, dtype=torch.float64)
+        squares = F.conv2d(ones, self.weight.square(), None, **_settings(conv))[0]
+        size = (trust.square() * squares).sum() / max(1, self.known)
         self.trust = trust / size.sqrt() if size > 0 else trust
         self.side = side * self.trust
         size = columns.square().sum() / len(columns)
@@ -274,17 +277,21 @@ class _Convolution:
                 f"{self.unknowns:,} in layer {name}",
                 "their equations do not fit into memory; use attack='auto'",
             )
-        normal = self._normal_matrix().numpy()  # symmetric, hence also in column order
-        size = lapack.dlange("1", normal.T)
-        factor, _ = lapack.dpotrf(normal.T, lower=1, clean=0, overwrite_a=1)
+        for ridge in _RIDGES:
+            normal = self._normal_matrix(ridge).numpy()  # symmetric: any order
+            size = lapack.dlange("1", normal.T)
+            factor, failed = lapack.dpotrf(normal.T, lower=1, clean=0, overwrite_a=1)
+            if not failed:
+                break
         answer = torch.zeros(self.shape, dtype=torch.float64)
-        for _ in range(2):  # the second time for what rounding left
+        for _ in range(0 if failed else 2):  # the second time for what rounding left
             gap = self._back(*self._missing(answer)).reshape(-1).numpy()
             step, _ = lapack.dpotrs(factor, gap, lower=1)
             answer += torch.from_numpy(step).view(self.shape)
-        reciprocal, _ = lapack.dpocon(factor, size, uplo="L")
-        regular = reciprocal > _SINGULAR
-        condition = float(reciprocal**-0.5) if regular else math.inf
+        condition = math.inf
+        if not failed and ridge == _RIDGES[0]:
+            reciprocal, _ = lapack.dpocon(factor, size, uplo="L")
+            condition = float(reciprocal**-0.5 if reciprocal > _SINGULAR else math.inf)
         equations = self.known + self.moments.numel()
         return answer, LayerSolution(name, self.unknowns, equations, condition)
 
@@ -298,8 +305,8 @@ class _Convolution:
         to_input = _transpose(self.conv, self.trust * output, self.shape)
         return to_input + (moments @ self.rows).view(self.shape)
 
-    def _normal_matrix(self) -> Tensor:
-        """All equations multiplied by their transpose, with the ridge."""
+    def _normal_matrix(self, ridge: float) -> Tensor:
+        """The equations multiplied by their transpose, with a ridge on its diagonal."""
         channels, area = self.shape[0], math.prod(self.shape[1:])
         normal = torch.zeros(self.unknowns, self.unknowns, dtype=torch.float64)
         weight = self.weight.flatten(1)  # (O, C*k*k)
@@ -315,7 +322,7 @@ class _Convolution:
         for c in range(0, self.unknowns, area):
             normal[c : c + area, c : c + area] += own
         diagonal = normal.diagonal()
-        diagonal += _RIDGE * diagonal.mean()
+        diagonal += ridge * diagonal.mean()
         return normal
 
 

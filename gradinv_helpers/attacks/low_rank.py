@@ -12,15 +12,14 @@ of the row space, G becomes C (H, B), and every row of E is C q for some directi
 that makes it sparse. These directions are found by three observations:
 
 - two parallel rows of C belong to units that one sample alone activates: they *are*
-  this sample;
+  this sample, which is then taken out of the search;
 - the smallest eigenvector of :math:`\sum_r c_r c_r^\top / ((c_r q)^2 + \epsilon^2)`,
   taken again and again with shrinking :math:`\epsilon`, leads from a random start to a
   sparse direction. It does so far more often among units that a typical image hardly
   activates;
 - a candidate image foretells which units are off for it. If it is right, the rows of
   these units miss one dimension, and the missing one is its q, to full precision.
-  Each sample is confirmed on its own by this test, and a confirmed one is taken out of
-  the search.
+  Each sample is confirmed on its own by this test.
 
 Taught in: notebooks/03_stronger_matching.
 """
@@ -63,8 +62,8 @@ _NOISE_LEVELS, _ZERO = 8.0, 1e-5
 # Margins, in standard deviations over the units, by which a unit must be off to be
 # foretold: an image that is not yet precise errs where a pre-activation is small.
 _MARGINS = (0.0, 0.05, 0.2, 0.5)
-# A confirmed sample may err in this share of the units; one that is taken out of the
-# search may only find few units silent that should speak.
+# A confirmed sample may err in this share of the units; an exact one may only miss
+# few that should speak, where E is as small as the noise.
 _DISAGREEMENT, _SILENT = 0.05, 0.01
 # Singular values that are looked at beyond the stated number of samples.
 _BEYOND = 8
@@ -263,7 +262,7 @@ def _factorise(
     size = values.norm(dim=1)
     noise = torch.maximum(noise, 8 * torch.finfo(torch.float64).eps * size)
     alive = size > 10 * rank**0.5 * noise
-    if not bool(alive.any()):
+    if int(alive.sum()) < max(1, rank):
         got = "zeros or noise alone"
         raise InputError("update", "a gradient in the first layer", got)
     own = torch.cat([layer.weight, layer.bias[:, None]], 1).detach().to(basis)
@@ -277,8 +276,8 @@ def _factorise(
 class _Found:
     """Directions q of confirmed samples, and coordinates p of these samples.
 
-    A direction is precise as soon as it is confirmed. Coordinates need all directions,
-    or units that foretell the sample without error: ``exact``.
+    A direction is precise as soon as it is confirmed. Coordinates are ``exact`` if they
+    come from units of this sample alone, or once all directions are known.
     """
 
     q: Tensor  # (m, B), of unit length
@@ -320,38 +319,27 @@ class _Found:
 
 def _search(rows: _Rows, rounds: int, generator: torch.Generator) -> _Found:
     """Take the samples apart: one direction per dimension, confirmed or not."""
-    size = rows.rank
-    found = _confirm(rows, _parallel_rows(rows))
+    found = _confirm(rows, _parallel_rows(rows), precise=True)
+    open_ = _complement(found.p[found.exact])  # (k, B), where the others must lie
     activity = rows.activity()
-    pool = rows.values.new_zeros(0, size)
-    spaces: dict[float, _Space | None] = {}
-    place = 0
-    while len(found.q) < size and place < rounds:
-        open_ = _complement(found.p[found.exact])  # (k, B): where the others lie
-        if len(open_) == 1:
-            proposed = open_
-        else:
-            share = _SHARES[place % len(_SHARES)]
-            if share not in spaces:
-                spaces[share] = _space(rows, open_, activity < share)
-            space = spaces[share]
-            proposed = space.sparse_directions(generator) if space else open_[:0]
-        place += 1
-        pool = torch.cat([pool, proposed])
+    many = len(open_) > 1  # a single direction needs no search
+    pool = open_[:0] if many else open_
+    spaces = [_space(rows, open_, activity < share) for share in _SHARES if many]
+    for place in range(rounds if many else 1):
+        if len(found.q) == rows.rank:
+            break
+        space = spaces[place % len(spaces)] if many else None
+        if space is not None:
+            pool = torch.cat([pool, space.sparse_directions(generator)])
         # Zeros of units that everything activates tell less.
         zeros = rows.is_zero(pool).to(pool) @ (1 - activity)
         pool = pool[zeros.argsort(descending=True, stable=True)]
-        candidates = torch.cat([found.q[~found.exact], pool])
+        known = found.q[~found.exact]
+        candidates = torch.cat([known, pool])
         candidates = candidates[_independent(candidates @ open_.T)]
-        pool = candidates[int((~found.exact).sum()) :]
-        if len(candidates) < len(open_):
-            continue
-        before = len(found.q), int(found.exact.sum())
-        found = found.merge(_confirm(rows, _coordinates(found, candidates)))
-        if (len(found.q), int(found.exact.sum())) > before:
-            spaces, pool = {}, pool[:0]
-        elif len(open_) == 1:
-            break
+        pool = candidates[len(known) :]
+        if len(candidates) == len(open_):
+            found = found.merge(_confirm(rows, _coordinates(found, candidates)))
     return _complete(rows, found, pool)
 
 
@@ -364,8 +352,11 @@ def _complete(rows: _Rows, found: _Found, pool: Tensor) -> _Found:
     p = p / _away_from_zero(p @ rows.ones)[:, None]
     if not missing:
         return replace(found, p=p, exact=torch.ones_like(found.exact))
-    exact = torch.cat([found.exact, found.exact.new_zeros(missing)])
-    p[exact] = found.p[found.exact]
+    # Coordinates of one sample have no part in the direction of another one.
+    parts = (F.normalize(found.p, dim=1) @ found.q.T).abs().fill_diagonal_(0)
+    pure = (parts < max(1e-6, 100 * rows.noise_share)).all(1)
+    exact = torch.cat([found.exact & pure, found.exact.new_zeros(missing)])
+    p[exact] = found.p[found.exact & pure]
     return _Found(q, p, exact)
 
 
@@ -375,8 +366,12 @@ def _coordinates(found: _Found, candidates: Tensor) -> Tensor:
     return torch.linalg.inv(torch.cat([exact, candidates])).T[len(exact) :]
 
 
-def _confirm(rows: _Rows, p: Tensor) -> _Found:
-    """Those of the candidates p (n, B) whose silent units miss just one dimension."""
+def _confirm(rows: _Rows, p: Tensor, *, precise: bool = False) -> _Found:
+    """Those of the candidates p (n, B) whose silent units miss just one dimension.
+
+    They are exact if the candidates are ``precise`` unless they are wrong, and no unit
+    contradicts them.
+    """
     found = _Found.nothing(rows)
     last = p @ rows.ones
     there = last.abs() > 1e-9 * p.norm(dim=1)
@@ -389,8 +384,8 @@ def _confirm(rows: _Rows, p: Tensor) -> _Found:
     margins = spread[:, None] * torch.tensor(_MARGINS).to(p)
     silent = outputs[:, None] < -margins[:, :, None]  # (n, margins, h)
     enough = silent.sum(2) >= rows.rank + 2
-    moments = _moments(rows.directions(), silent.flatten(0, 1).to(p))
-    values = torch.linalg.eigvalsh(moments).unflatten(0, enough.shape)
+    moments = silent.to(p) @ _products(rows.directions())
+    values = torch.linalg.eigvalsh(moments.unflatten(2, (rows.rank, rows.rank)))
     hopeful = enough & (values[..., 0] < 1e-4 * values[..., 1])
     white = rows.values / rows.noise[:, None]
     for i, j in hopeful.nonzero().tolist():
@@ -405,7 +400,8 @@ def _confirm(rows: _Rows, p: Tensor) -> _Found:
         wrongly_off = ~on & (outputs[i] > 1e-6 * spread[i])
         if float((wrongly_on | wrongly_off).double().mean()) > _DISAGREEMENT:
             continue
-        exact = ~wrongly_on.any() & (wrongly_off.double().mean() < _SILENT)
+        agrees = ~wrongly_on.any() & (wrongly_off.double().mean() < _SILENT)
+        exact = agrees & precise
         found = found.merge(_Found(q[None], p[i : i + 1], exact[None]))
     return found
 
@@ -446,10 +442,11 @@ class _Space:
         chosen = torch.rand(_STARTS, len(self.rows), generator=generator)
         chosen = chosen.argsort(1)[:, : size - 1].to(self.rows.device)
         q = _smallest(self.rows[chosen].mT @ self.rows[chosen])
+        products = _products(self.rows)
         width = _WIDTH
         while True:
             weights = 1 / ((q @ self.rows.T).square() + width**2)
-            q = _smallest(_moments(self.rows, weights))
+            q = _smallest((weights @ products).unflatten(1, (size, size)))
             if width <= self.narrow:
                 return F.normalize(q @ self.back, dim=1)
             width = max(self.narrow, width * _SHRINK)
@@ -474,11 +471,9 @@ def _space(rows: _Rows, open_: Tensor, units: Tensor) -> _Space | None:
     return _Space(inside, back, max(_NARROW, share))
 
 
-def _moments(rows: Tensor, weights: Tensor) -> Tensor:
-    """Sums of r r^T over rows (h, k), for each of n sets of weights: (n, k, k)."""
-    size = rows.shape[1]
-    products = (rows[:, :, None] * rows[:, None, :]).flatten(1)
-    return (weights @ products).unflatten(1, (size, size))
+def _products(rows: Tensor) -> Tensor:
+    """r r^T of every row (h, k), flat: (h, k * k)."""
+    return (rows[:, :, None] * rows[:, None, :]).flatten(1)
 
 
 def _smallest(matrices: Tensor) -> Tensor:
@@ -562,34 +557,36 @@ def _jacobian_rank(
     The singular values of E stand for changes that leave the span of the samples.
     """
     size, width = inputs.shape
-    augmented = torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1)
-    basis, upper = torch.linalg.qr(augmented.T)
-    basis, lower = basis.T, upper.T  # (B, d + 1), (B, B)
-    spans = torch.linalg.svd(inputs - inputs.mean(0), full_matrices=False)[2]
-    spans = spans[: size - 1]  # (s, d), the directions within S
     sizes = torch.linalg.svdvals(errors)
-    largest, smallest = float(sizes[0]), float(sizes[-1])
-    full = smallest * HIGHEST_CONDITION > largest
-    outside = size * (width - len(spans)) if full else 0
-    inside = 0
+    spans = torch.linalg.svd(inputs - inputs.mean(0), full_matrices=False)[2]
+    spans = spans[: size - 1]  # (s, d), orthonormal directions of S
+    outside = size * (width - len(spans))
+    rank = outside if bool(sizes[-1] * HIGHEST_CONDITION > sizes[0]) else 0
     if len(spans):
         bends = _bends(front, inputs, classes, counts / counts.sum(), spans)
-        nu = spans @ basis[:, :-1].T  # (s, B)
-        cross = torch.einsum("ih,jnh->ijn", errors, bends)
-        along = nu @ lower.T  # (s, B)
-        gram = torch.einsum("ij,mn->imjn", errors @ errors.T, nu @ nu.T)
-        mixed = torch.einsum("ijn,mj->imjn", cross, along)
-        gram = gram + mixed + mixed.permute(2, 3, 0, 1)
-        curved = torch.einsum("imh,jnh->imjn", bends, bends)
-        gram = gram + curved * (lower @ lower.T)[:, None, :, None]
-        values = torch.linalg.eigvalsh(gram.flatten(2).flatten(0, 1)).clamp_min(0)
-        roots = values.sqrt()
-        inside = int((roots * HIGHEST_CONDITION > roots[-1]).sum())
-        largest = max(largest, float(roots[-1]))
-        smallest = min(smallest, float(roots[0]))
-    rank = outside + inside
-    condition = largest / smallest if rank == size * width else math.inf
-    return rank, condition
+        gram = _inner_gram(inputs, errors, spans, bends)
+        inner = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+        rounding = (10 * len(gram) * torch.finfo(gram.dtype).eps) ** 0.5
+        least = max(1 / HIGHEST_CONDITION, rounding) * inner[-1]
+        rank += int((inner > least).sum())
+        sizes = torch.cat([sizes, inner])
+    full = rank == size * width
+    return rank, float(sizes.max() / sizes.min()) if full else math.inf
+
+
+def _inner_gram(inputs: Tensor, errors: Tensor, spans: Tensor, bends: Tensor) -> Tensor:
+    """J^T J of the first layer's gradient for moves within S: (B s, B s).
+
+    Moving sample i along direction m changes G by e_i [nu_m, 0] + h_im [x_i, 1].
+    """
+    overlap = inputs @ inputs.T + 1  # of [x_i, 1] with [x_j, 1]
+    along = inputs @ spans.T  # (B, s)
+    same = torch.eye(len(spans)).to(spans)
+    gram = torch.einsum("ij,mn->imjn", errors @ errors.T, same)
+    mixed = torch.einsum("ih,jnh,jm->imjn", errors, bends, along)
+    bent = torch.einsum("imh,jnh,ij->imjn", bends, bends, overlap)
+    gram = gram + mixed + mixed.permute(2, 3, 0, 1) + bent
+    return gram.flatten(2).flatten(0, 1)
 
 
 def _bends(
@@ -603,7 +600,8 @@ def _bends(
     outputs = front.layer(inputs).detach().requires_grad_()
     moves = directions @ front.layer.weight.detach().T
     with torch.enable_grad():
-        losses = F.cross_entropy(front.after(outputs.clone()), classes, reduction="none")
+        logits = front.after(outputs.clone())
+        losses = F.cross_entropy(logits, classes, reduction="none")
         (error,) = torch.autograd.grad(
             (losses * shares).sum(), outputs, create_graph=True
         )
