@@ -6,11 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from gradinv_helpers.attacks.analytic import linear_layer_input
+from gradinv_helpers.attacks.analytic import (
+    class_fits,
+    closed_form_image,
+    linear_front,
+    linear_layer_input,
+)
 from gradinv_helpers.data import Images
 from gradinv_helpers.errors import InputError
 from gradinv_helpers.federated.aggregation import aggregate, normalize
-from gradinv_helpers.models import build_model
+from gradinv_helpers.models import Normalize, build_model
 from gradinv_helpers.updates import LocalTraining, SharedUpdate, local_update
 
 
@@ -157,3 +162,93 @@ def test_changes_that_are_no_multiple_of_the_pixels(recipe: dict, what: str) -> 
     update = local_update(mlp(), some_images(1), LocalTraining("delta", **recipe))
     with pytest.raises(InputError, match=f"one SGD step, got the change of {what}"):
         linear_layer_input(update)
+
+
+# --- models that begin with a linear layer ----------------------------------------
+
+
+def test_front_of_a_model() -> None:
+    last = nn.Linear(9, 4)
+    first = nn.Linear(25, 9)
+    inner = nn.Sequential(nn.Dropout(0.5), nn.Flatten(), first)
+    model = nn.Sequential(Normalize([0.5], [0.2]), inner, nn.GELU(), last).eval()
+    front = linear_front(model)
+    assert front.name == "1.2"
+    assert front.layer is first
+    assert [type(m) for m in front.before] == [Normalize, nn.Dropout, nn.Flatten]
+    assert list(front.after) == [model[2], last]
+    images = some_images(3).pixels
+    inputs = front.inputs(images)
+    assert torch.allclose(inputs, ((images - 0.5) / 0.2).flatten(1), atol=1e-6)
+    assert torch.allclose(front.images(inputs, (1, 5, 5)), images, atol=1e-6)
+    assert torch.allclose(front.after(first(inputs)), model(images))
+
+
+def test_front_of_other_models() -> None:
+    def refused(message: str, model: nn.Module) -> None:
+        with pytest.raises(InputError, match=message):
+            linear_front(model)
+
+    first, last = nn.Linear(25, 9), nn.Linear(9, 4)
+
+    class Twice(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * 2
+
+    refused("got Twice", Twice(nn.Flatten(), first, last))
+    refused("got Linear", first)
+    refused("no Flatten before layer 0", nn.Sequential(first, last))
+    refused("got no layer", nn.Sequential(nn.Flatten()))
+    refused("layer 0: Conv2d", nn.Sequential(nn.Conv2d(1, 1, 3), nn.Flatten(), last))
+    refused("layer 0: Flatten", nn.Sequential(nn.Flatten(2), first, last))
+    refused("layer 0: Dropout", nn.Sequential(nn.Dropout(), nn.Flatten(), first))
+    square = nn.Linear(25, 25)
+    refused("layer 1 used twice", nn.Sequential(nn.Flatten(), square, square))
+    tied = nn.Linear(25, 25)
+    tied.weight = square.weight
+    refused("layer 1 used twice", nn.Sequential(nn.Flatten(), square, tied))
+    without = nn.Linear(25, 9, bias=False)
+    refused("layer 1 without a bias", nn.Sequential(nn.Flatten(), without, last))
+    hooked = nn.Sequential(nn.Flatten(), nn.Linear(25, 9), last)
+    hooked[1].register_forward_hook(lambda module, inputs, output: output * 2)
+    refused("got hooks", hooked)
+    first.bias.requires_grad_(False)
+    refused("frozen weights in layer 1", nn.Sequential(nn.Flatten(), first, last))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_image_in_closed_form(dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        Normalize([0.3], [0.4]), nn.Flatten(), nn.Linear(25, 9), nn.GELU()
+    )
+    model = nn.Sequential(*model, nn.Linear(9, 4)).to(dtype)
+    images = some_images(1)
+    found = closed_form_image(local_update(model, images))
+    assert found.shape == (1, 1, 5, 5)
+    assert found.dtype == torch.float64
+    bound = 1e-5 if dtype == torch.float32 else 1e-12
+    assert float((found - images.pixels).abs().max()) < bound
+    with pytest.raises(InputError, match="one of 2 samples"):
+        closed_form_image(local_update(model, some_images(2)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_errors_fit_their_own_class(seed: int) -> None:
+    torch.manual_seed(0)
+    layers = (nn.Flatten(), nn.Linear(25, 40), nn.ReLU(), nn.Linear(40, 4))
+    images = some_images(6, seed)
+    front = linear_front(nn.Sequential(*layers).double())
+    inputs = images.pixels.double().flatten(1)
+    outputs = front.layer(inputs).detach().requires_grad_()
+    weights = torch.tensor([0.1, 0.2, 0.3, 0.05, 0.15, 0.2], dtype=torch.float64)
+    losses = nn.functional.cross_entropy(
+        front.after(outputs), images.labels, reduction="none"
+    )
+    (errors,) = torch.autograd.grad((losses * weights).sum(), outputs)
+    fits, found = class_fits(front, inputs, errors)
+    assert fits.argmax(1).tolist() == images.labels.tolist()
+    own = torch.arange(6), images.labels
+    assert torch.allclose(fits[own], torch.ones(6, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(found[own], weights, atol=1e-12)
+    assert float(fits.max()) <= 1 + 1e-12

@@ -1,15 +1,15 @@
-"""The layer-by-layer attack: exact where it says so, and honest where it is not."""
+"""Which algebraic method is picked, and that each one delivers."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
 import gradinv_helpers as gi
-from gradinv_helpers.attacks.exact import invert_layer_by_layer
+from gradinv_helpers.attacks import exact
+from gradinv_helpers.attacks.exact import ExactSolution, invert_exactly
+from gradinv_helpers.federated.aggregation import normalize
 
 
 @pytest.fixture(scope="module")
@@ -17,154 +17,187 @@ def photos() -> gi.Images:
     return gi.load_images("photos", split="test", image_size=16)
 
 
-def lenet(seed: int = 0, activation: Callable[[], nn.Module] | None = None):
-    model = gi.build_model(
-        "lenet", in_channels=3, image_size=16, num_classes=10, seed=seed
-    )
-    if activation is not None:
-        for place, layer in enumerate(model):
-            if isinstance(layer, nn.Sigmoid):
-                model[place] = activation()
-    return model
+def build(name: str, **options: object) -> nn.Module:
+    return gi.build_model(name, in_channels=3, image_size=16, num_classes=10, **options)
 
 
-def error(image: torch.Tensor, truth: gi.Images) -> float:
-    return float((image - truth.pixels.to(image)).abs().max())
+def error(found: ExactSolution, truth: gi.Images) -> float:
+    return float((found.images - truth.pixels.to(found.images)).abs().max())
 
 
-@pytest.mark.parametrize("index", [0, 1, 5, 6])
-@pytest.mark.parametrize("activation", [None, nn.Tanh])
-def test_one_image_is_computed(
-    photos: gi.Images, index: int, activation: type[nn.Module] | None
+@pytest.mark.parametrize(
+    ("name", "indices", "method", "source"),
+    [
+        ("mlp", [3], "closed form", "inferred (iDLG)"),
+        ("lenet", [3], "layer by layer", "inferred (last bias)"),
+        ("mlp", [10, 23, 36], "low rank", "inferred (error of the first layer)"),
+    ],
+)
+def test_method_by_model_and_batch(
+    photos: gi.Images, name: str, indices: list[int], method: str, source: str
 ) -> None:
-    victim = photos[[index]]
-    update = gi.local_update(lenet(index, activation), victim)
-    image, label, certificate = invert_layer_by_layer(update)
-    assert error(image, victim) < 1e-3  # float32 gradients, magnified by conditioning
-    assert label.tolist() == victim.labels.tolist()
-    assert certificate.exact
-    assert certificate.residual < 1e-9
-
-
-def test_double_precision_gives_double_precision(photos: gi.Images) -> None:
-    update = gi.local_update(lenet().double(), photos[[0]])
-    image, _, certificate = invert_layer_by_layer(update)
-    assert error(image, photos[[0]]) < 1e-8
-    assert certificate.residual < 1e-18
-
-
-def test_relu_where_too_many_units_are_off_is_not_called_exact() -> None:
-    photos = gi.load_images("photos", split="test", image_size=32)
-    model = gi.build_model("lenet", in_channels=3, image_size=32, num_classes=10)
-    for place, layer in enumerate(model):
-        if isinstance(layer, nn.Sigmoid):
-            model[place] = nn.ReLU()
-    image, _, certificate = invert_layer_by_layer(gi.local_update(model, photos[[0]]))
-    assert error(image, photos[[0]]) > 0.1
-    assert not certificate.exact
-    assert not certificate.determined
-    assert "leaves its input open" in str(certificate)
-
-
-@pytest.mark.parametrize(("share", "exact"), [(1e-6, True), (3e-2, False)])
-def test_noise_shows_in_the_residual(
-    photos: gi.Images, share: float, exact: bool
-) -> None:
-    noisy = gi.defend(
-        gi.local_update(lenet(), photos[[0]]),
-        gi.GaussianNoise(share, relative=True),
-        generator=torch.Generator().manual_seed(0),
+    victims = photos[indices]
+    found = invert_exactly(gi.local_update(build(name).double(), victims))
+    assert found.certificate.method == method
+    assert found.certificate.exact
+    assert found.certificate.unknowns == victims.pixels.numel()
+    assert found.label_source == source
+    assert found.reason.startswith(
+        "one sample" if len(indices) == 1 else "several samples"
     )
-    _, _, certificate = invert_layer_by_layer(noisy)
-    assert certificate.exact is exact
-    if not exact:
-        assert "amplified" in str(certificate)
+    assert found.labels.tolist() == victims.labels.tolist()  # they are sorted
+    assert error(found, victims) < 1e-6
 
 
-def test_an_mlp_and_strides_and_dilation(photos: gi.Images) -> None:
-    victim = photos[[3]]
-    mlp = gi.build_model("mlp", in_channels=3, image_size=16, num_classes=10)
-    image, _, certificate = invert_layer_by_layer(gi.local_update(mlp, victim))
-    assert error(image, victim) < 1e-4
-    assert certificate.exact
+def test_labels_of_one_sample_without_a_last_linear_layer(photos: gi.Images) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, stride=1, padding=2, dilation=2),
-        nn.Tanh(),
-        nn.Conv2d(8, 16, (3, 5), stride=(2, 1), padding=(1, 0)),
-        nn.Sigmoid(),
         nn.Flatten(),
-        nn.Linear(16 * 8 * 12, 10),
-    )
-    image, _, certificate = invert_layer_by_layer(gi.local_update(model, victim))
-    assert certificate.determined
-    assert error(image, victim) < 1e-2
+        nn.Linear(768, 64),
+        nn.Sigmoid(),
+        nn.Unflatten(1, (4, 4, 4)),
+        nn.Conv2d(4, 5, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    ).double()
+    for index in (0, 17, 60):
+        truth = photos[[index]]
+        truth = gi.Images(truth.pixels, truth.labels % 5, truth.class_names[:5])
+        found = invert_exactly(gi.local_update(model, truth))
+        assert found.label_source == "inferred (error of the first layer)"
+        assert found.labels.tolist() == truth.labels.tolist()
+        assert found.certificate.exact
+        assert error(found, truth) < 1e-10
 
 
-def test_invert_carries_the_certificate(photos: gi.Images) -> None:
-    victim = photos[[2]]
-    found = gi.invert(gi.local_update(lenet(), victim), attack="exact")
+class Minus(nn.Module):
+    """Turns the signs of the last layer around, which misleads iDLG."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return -x
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+def test_labels_where_the_last_layer_misleads(photos: gi.Images, classes: int) -> None:
+    model = gi.build_model("mlp", in_channels=3, image_size=16, num_classes=classes)
+    model = nn.Sequential(*model, Minus()).double()
+    for index in range(4):
+        truth = photos[[index]]
+        truth = gi.Images(truth.pixels, truth.labels % classes, photos.class_names)
+        found = invert_exactly(gi.local_update(model, truth))
+        assert found.labels.tolist() == truth.labels.tolist()
+        assert found.label_source == "inferred (error of the first layer)"
+        assert found.certificate.exact
+
+
+def test_labels_where_one_unit_cannot_tell_classes(photos: gi.Images) -> None:
+    """All errors of the first layer are parallel then; the whole gradient decides."""
+    torch.manual_seed(3)
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(768, 1), nn.Sigmoid(), nn.Linear(1, 10), Minus()
+    ).double()
+    for index in range(6):
+        found = invert_exactly(gi.local_update(model, photos[[index]]))
+        assert found.labels.tolist() == [index]
+        assert found.certificate.exact
+
+
+@pytest.mark.parametrize(("name", "count"), [("mlp", 1), ("lenet", 1), ("mlp", 3)])
+def test_given_labels_are_named(photos: gi.Images, name: str, count: int) -> None:
+    victims = photos[[36, 10, 23][:count]]
+    update = gi.local_update(build(name), victims)
+    found = invert_exactly(update, labels=victims.labels)
+    assert found.label_source == "given (upper bound)"
+    assert found.labels.tolist() == victims.labels.tolist()
+    assert error(found, victims) < 1e-2
+    assert found.certificate.exact
+
+
+@pytest.mark.parametrize("name", ["mlp", "lenet"])
+def test_a_wrong_label_shows_in_the_residual(photos: gi.Images, name: str) -> None:
+    victim = photos[[3]]
+    wrong = (victim.labels + 1) % 10
+    update = gi.local_update(build(name), victim)
+    found = invert_exactly(update, labels=wrong)
+    assert error(found, victim) < 1e-2  # the image needs no label
+    assert not found.certificate.exact
+
+
+def test_a_normalised_gradient_of_one_sample(photos: gi.Images) -> None:
+    update = normalize(gi.local_update(build("mlp").double(), photos[[8]]))
+    found = invert_exactly(update)
+    assert found.certificate.exact
+    assert error(found, photos[[8]]) < 1e-10
+    for name, indices in (("lenet", [8]), ("mlp", [8, 9])):
+        update = normalize(gi.local_update(build(name), photos[indices]))
+        with pytest.raises(gi.InputError, match="got a normalised one"):
+            invert_exactly(update)
+
+
+def test_a_first_layer_that_standardises(photos: gi.Images) -> None:
+    model = build("mlp", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.1)).double()
+    for indices in ([5], [5, 26]):
+        found = invert_exactly(gi.local_update(model, photos[indices]))
+        assert found.certificate.exact
+        assert error(found, photos[indices]) < 1e-8
+
+
+def test_invert_carries_the_solution(photos: gi.Images) -> None:
+    victims = photos[[2, 40]]
+    found = gi.invert(gi.local_update(build("mlp"), victims), attack="exact")
     assert found.attack == "exact"
     assert found.certificate is not None
     assert found.certificate.exact
     assert found.loss == found.certificate.residual
-    assert gi.score(found, victim).psnr[0] > 80
-    clients = [gi.local_update(lenet(), photos[[i]]) for i in (0, 1)]
-    for k, one in enumerate(gi.invert_clients(clients, attack="exact")):
-        assert gi.score(one, photos[[k]]).psnr[0] > 80
+    assert "low rank" in found.reason
+    assert min(gi.score(found, victims).psnr) > 80
 
 
-def test_a_weight_change_of_one_step_will_do(photos: gi.Images) -> None:
-    recipe = gi.LocalTraining(sends="delta", lr=0.5)
-    found = gi.invert(gi.local_update(lenet(), photos[[0]], recipe), attack="exact")
-    assert gi.score(found, photos[[0]]).psnr[0] > 60
+def test_old_names_are_still_there() -> None:
+    from gradinv_helpers.attacks import certificate, layerwise
+
+    assert exact.Certificate is certificate.Certificate
+    assert exact.invert_layer_by_layer is layerwise.invert_layer_by_layer
+
+
+# --- what it refuses --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("convnet", "MaxPool2d"), ("resnet18", "ResNet")]
+    ("name", "indices", "message"),
+    [
+        ("convnet", [0], r"got 1 sample of .*layer by layer: layer \S+: MaxPool2d"),
+        ("resnet18", [0], "got 1 sample of .*closed form: ResNet; layer by layer"),
+        ("lenet", [0, 1], r"got 2 samples of .*\(low rank: layer 0: Conv2d"),
+    ],
 )
-def test_other_models_are_refused(photos: gi.Images, name: str, message: str) -> None:
-    model = gi.build_model(name, in_channels=3, image_size=16, num_classes=10)
-    with pytest.raises(gi.InputError, match=message):
-        gi.invert(gi.local_update(model, photos[[0]]), attack="exact")
+def test_other_models(
+    photos: gi.Images, name: str, indices: list[int], message: str
+) -> None:
+    update = gi.local_update(build(name), photos[indices])
+    with pytest.raises(gi.InputError, match=message) as caught:
+        invert_exactly(update)
+    assert "use attack='auto'" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
-def test_other_updates_are_refused(photos: gi.Images) -> None:
-    with pytest.raises(gi.InputError, match="of 2 samples"):
-        gi.invert(gi.local_update(lenet(), photos[[0, 1]]), attack="exact")
-    with pytest.raises(gi.InputError, match="labels"):
-        gi.invert(gi.local_update(lenet(), photos[[0]]), attack="exact", labels=[0])
-    without_bias = nn.Sequential(nn.Flatten(), nn.Linear(768, 10, bias=False))
-    with pytest.raises(gi.InputError, match="biases"):
-        gi.invert(gi.local_update(without_bias, photos[[0]]), attack="exact")
+def test_linear_layers_without_a_bias(photos: gi.Images) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(768, 10, bias=False))
+    with pytest.raises(gi.InputError, match="closed form: layer 1 without a bias"):
+        invert_exactly(gi.local_update(model, photos[[0]]))
 
 
-def test_chains_that_are_more_than_their_layers_are_refused(photos: gi.Images) -> None:
-    class Twice(nn.Sequential):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x) * 2
-
-    layers = [nn.Flatten(), nn.Linear(768, 20), nn.Sigmoid(), nn.Linear(20, 10)]
-    frozen = nn.Sequential(*layers)
-    update = gi.local_update(Twice(*layers), photos[[0]])
-    with pytest.raises(gi.InputError, match="Twice"):
-        gi.invert(update, attack="exact")
-    frozen[1].bias.requires_grad_(False)
-    with pytest.raises(gi.InputError, match="frozen"):
-        gi.invert(gi.local_update(frozen, photos[[0]]), attack="exact")
+def test_a_first_layer_in_which_nothing_is_active(photos: gi.Images) -> None:
+    model = build("mlp")
+    with torch.no_grad():
+        model[1].bias.fill_(-100.0)
+    with pytest.raises(gi.InputError, match="non-zero bias gradient in layer '1'"):
+        invert_exactly(gi.local_update(model, photos[[0]]))
 
 
-def test_an_activation_used_twice_counts_twice(photos: gi.Images) -> None:
-    torch.manual_seed(0)
-    tanh = nn.Tanh()
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1),
-        tanh,
-        nn.Conv2d(8, 8, 3, padding=1),
-        tanh,
-        nn.Flatten(),
-        nn.Linear(8 * 16 * 16, 10),
-    )
-    image, _, certificate = invert_layer_by_layer(gi.local_update(model, photos[[0]]))
-    assert certificate.exact
-    assert error(image, photos[[0]]) < 1e-2
+def test_bad_labels_and_seeds(photos: gi.Images) -> None:
+    update = gi.local_update(build("mlp"), photos[[0]])
+    with pytest.raises(gi.InputError, match="1 labels, one per sample, got 2"):
+        invert_exactly(update, labels=torch.tensor([1, 2]))
+    with pytest.raises(gi.InputError, match="seed: expected an integer"):
+        invert_exactly(update, seed=-1)

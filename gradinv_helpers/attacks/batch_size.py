@@ -86,7 +86,7 @@ def infer_num_samples(
             "no rank of such an update is bounded by the number of samples",
         )
     noise = _noise(update)
-    ranks = {name: _rank(_gradient_of_layer(update, name), noise) for name in layers}
+    ranks = {name: _rank(update, name, noise) for name in layers}
     lowest = max(1, *(rank for rank, _ in ranks.values()))
     telling = [name for name, (rank, clear) in ranks.items() if clear and rank]
     if telling and ranks[telling[0]][0] == lowest:
@@ -168,14 +168,17 @@ def _noise(update: SharedUpdate) -> float:
     return max(seen, update.noise_std)
 
 
-def _rank(gradient: Tensor, noise: float) -> tuple[int, bool]:
-    """Number of singular values above noise, and whether it counts samples clearly.
+def _rank(update: SharedUpdate, name: str, noise: float) -> tuple[int, bool]:
+    """Rank of a layer's gradient above noise, and whether it counts samples clearly.
 
-    It does where the layer could hold more of them, and the next value is far below.
+    It does where the layer could hold more of them, and the next singular value is
+    far below.
     """
+    gradient = _gradient_of_layer(update, name)
+    precision = next(iter(update.tensors.values())).dtype
     values = torch.linalg.svdvals(gradient)
     largest_of_noise = noise * sum(side**0.5 for side in gradient.shape)
-    rounding = torch.finfo(torch.float32).eps * float(values[0])
+    rounding = torch.finfo(precision).eps * float(values[0])
     rank = int((values > max(rounding, _NOISE_MARGIN * largest_of_noise)).sum())
     used = min(int(gradient.any(1).sum()), int(gradient.any(0).sum()))
     clear = 0 < rank < used - 1 and float(values[rank - 1]) > _GAP * float(values[rank])

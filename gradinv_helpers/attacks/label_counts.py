@@ -112,13 +112,20 @@ def counts_by_moments(
     scatter = features - features.mean(0)
     if update.normalized:
         return _counts_of_unknown_scale(gradient, layer, num_samples, scatter)
-    lowest = torch.zeros(layer.num_classes, dtype=torch.int64)
-    if bias_gradient is not None:
-        step = 1.0 if update.kind == "gradient" else update.training.lr
-        noise = update.noise_std / step
-        lowest = certain_counts(bias_gradient, num_samples, noise)
+    lowest = bounds_of_one_step(update, layer, num_samples)
     counts, _ = _fit(gradient, layer, num_samples, scatter, lowest)
     return nearest_counts(counts, num_samples, lowest)
+
+
+def bounds_of_one_step(
+    update: SharedUpdate, layer: LastLayer, num_samples: int
+) -> Tensor:
+    """What one gradient proves about the counts, (K,); see ``certain_counts``."""
+    _, bias = mean_gradient(update, layer, (num_samples,))
+    if bias is None:
+        return torch.zeros(layer.num_classes, dtype=torch.int64)
+    step = 1.0 if update.kind == "gradient" else update.training.lr
+    return certain_counts(bias, num_samples, update.noise_std / step)
 
 
 def certain_counts(bias_gradient: Tensor, num_samples: int, noise: float) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradinv_helpers.attacks.label_counts import (
+    bounds_of_one_step,
     counts_by_llg,
     counts_by_moments,
     counts_by_signs,
@@ -87,23 +88,38 @@ def infer_label_counts(
 
     The bias gradient of the last layer is mean prediction minus label shares,
     :math:`g = \bar p - n / N`. Untrained models predict much the same for every
-    image, so that :math:`\bar p` is easy to guess and the counts are nearly exact.
-    The surer the model is of its answers, the less the gradient says about large
-    batches: there no method here is better than guessing equal counts.
+    image, so that :math:`\bar p` is easy to guess and counts of hundreds of labels
+    are nearly exact. The surer a model is, the less its gradient says about a large
+    batch: of many labels in equal shares it then tells no more than guessing equal
+    counts does, but it still shows which class prevails.
+
+    ========== =======================================================================
+    method     what it does
+    ========== =======================================================================
+    idlg       One sample: the class whose bias gradient is negative.
+    signs      At most one label per class: the N classes whose rows hold the lowest
+               entries. Needs features that are not negative.
+    llg        Takes labels out of the row sums one by one. Needs features that are
+               not negative.
+    llg*       The same; dummy images tell what one label takes out of a sum.
+    moments    N times mean prediction minus bias gradient, within bounds that are
+               certain. The features of each class, and with them its predictions,
+               come from the gradient.
+    exact      Takes the batch apart (see ``separate_batch``), where N is at most half
+               the number of classes. Fails rather than being wrong.
+    trajectory Several local steps of SGD, momentum or Adam: simulates the client.
+    auto       Where it proves the counts, ``exact``; otherwise the method that was
+               measured to be best: ``idlg`` for one sample, ``trajectory`` after
+               several steps or Adam, and ``moments``. For normalised clients whose
+               scale cannot be found, ``llg``.
+    ========== =======================================================================
+
+    Several steps by clients of unequal size count the labels of larger clients more
+    than once, because these take more steps.
 
     Args:
         update: What the server saw; an aggregate counts the labels of all clients.
-        method: ``idlg``: one sample. ``signs``: the N classes whose rows hold the
-            lowest entries, at most one label each. ``llg``: subtracts labels from the
-            row sums one by one; ``llg*`` measures with dummy images what one label
-            subtracts. ``moments``: N times guessed mean prediction minus bias
-            gradient, within bounds that are certain. ``exact``: takes the batch apart
-            (``separate_batch``), for N up to half the number of classes, and fails
-            rather than being wrong. ``trajectory``: several local steps of SGD,
-            momentum or Adam, by simulation. ``auto``: ``idlg`` for one sample,
-            ``trajectory`` for several steps or Adam, otherwise ``exact`` where it
-            succeeds, then ``moments``, and ``llg`` where normalised clients hide a
-            scale that cannot be found.
+        method: One of ``LABEL_METHODS``.
         num_samples: Number N of labels; ``update.num_samples`` where ``None``.
         seed: Seed of dummy images, simulated orders and starting points.
 
@@ -114,8 +130,8 @@ def infer_label_counts(
         InputError: The method does not fit the update; the message says what does.
 
     Source: Zhao et al. (2020) for ``idlg``; Yin et al. (2021) for ``signs``; Wainakh
-    et al. (2022) for ``llg``; Ma et al. (2023) count instances by features of each
-    class as ``moments`` does; Chen and Vikalo (2024) simulate local training.
+    et al. (2022) for ``llg``; Ma et al. (2023) for counts by features of each class;
+    Chen and Vikalo (2024) for counts by simulated training.
     Taught in: notebooks/03_stronger_matching.
     """
     check_choice("method", method, LABEL_METHODS)
@@ -166,16 +182,30 @@ def _counts_of_the_best_method(
         return _idlg(update, layer, num_samples)
     if not one_step and not update.normalized:
         return counts_by_trajectory(update, layer, num_samples, seed)
+    if one_step:
+        proven = _proven_counts(update, layer, num_samples, seed)
+        if proven is not None:
+            return proven
+    single = one_step and len(groups) == 1 and num_samples < layer.num_classes
+    if update.normalized and not single:  # the scale stays unknown
+        weight, _ = mean_gradient(update, layer, groups)
+        return counts_by_llg(weight, num_samples)
+    return counts_by_moments(update, layer, num_samples, seed)
+
+
+def _proven_counts(
+    update: SharedUpdate, layer: LastLayer, num_samples: int, seed: int
+) -> Tensor | None:
+    """Counts (K,) that leave no doubt, if bounds or separation give any."""
+    if layer.sent_bias is not None and not update.normalized:
+        lowest = bounds_of_one_step(update, layer, num_samples)
+        if int(lowest.sum()) == num_samples:
+            return lowest
     if can_separate(update, layer, num_samples):
         found = separate(update, layer, num_samples, seed)
         if found is not None:
             return found.labels.bincount(minlength=layer.num_classes)
-    if update.normalized:
-        known = len(groups) == 1 and one_step and num_samples < layer.num_classes
-        if not known:
-            weight, _ = mean_gradient(update, layer, groups)
-            return counts_by_llg(weight, num_samples)
-    return counts_by_moments(update, layer, num_samples, seed)
+    return None
 
 
 def _idlg(update: SharedUpdate, layer: LastLayer, num_samples: int) -> Tensor:

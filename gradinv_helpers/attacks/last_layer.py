@@ -213,4 +213,4 @@ def _key(layer: str, parameter: str) -> str:
 
 
 def _float64(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float64)
+    return tensor.detach().cpu().double()
