@@ -201,3 +201,20 @@ def test_bad_labels_and_seeds(photos: gi.Images) -> None:
         invert_exactly(update, labels=torch.tensor([1, 2]))
     with pytest.raises(gi.InputError, match="seed: expected an integer"):
         invert_exactly(update, seed=-1)
+
+
+def test_levenberg_marquardt_where_no_algebra_applies() -> None:
+    """Two images behind LeNet at 8x8: the rank is full, so the pair is the pair."""
+    victims = gi.load_images("digits", split="test")[[1, 2]]
+    model = gi.build_model("lenet", in_channels=1, image_size=8, num_classes=10)
+    found = gi.invert(gi.local_update(model, victims), attack="exact")
+    assert found.certificate is not None
+    assert found.certificate.method == "levenberg-marquardt"
+    assert found.certificate.exact
+    assert found.label_source == "inferred (counts)"
+    assert min(gi.score(found, victims).psnr) > 60
+    with pytest.raises(gi.InputError, match="attack 'exact'"):
+        invert_exactly(gi.local_update(model, victims))
+    many = gi.load_images("digits", split="test")[list(range(130))]
+    with pytest.raises(gi.InputError, match="or at most 8,192 unknown pixels"):
+        gi.invert(gi.local_update(model, many), attack="exact")

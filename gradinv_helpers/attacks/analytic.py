@@ -1,4 +1,7 @@
-"""Images out of a gradient by algebra alone. Taught in: notebooks/01_fl_guarantees."""
+"""Images out of a gradient by algebra alone.
+
+Taught in: notebooks/01_fl_guarantees and notebooks/03_stronger_matching.
+"""
 
 from __future__ import annotations
 
@@ -97,6 +100,8 @@ class LinearFront:
         layer: The layer itself.
         before: What an image passes on its way to it: flattening, standardising.
         after: Everything behind it, in order.
+
+    Taught in: notebooks/03_stronger_matching.
     """
 
     name: str
@@ -131,6 +136,8 @@ def linear_front(model: nn.Module) -> LinearFront:
     Raises:
         InputError: The first layer with weights is no linear layer with a trainable
             bias on flattened images, or hooks or shared weights hide what it does.
+
+    Taught in: notebooks/03_stronger_matching.
     """
     expected = "an nn.Sequential that starts with a linear layer with a bias"
     hint = "use attack='auto'"

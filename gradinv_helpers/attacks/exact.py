@@ -6,6 +6,7 @@ Taught in: notebooks/03_stronger_matching.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -25,6 +26,7 @@ from gradinv_helpers.attacks.certificate import (
 )
 from gradinv_helpers.attacks.labels import infer_labels
 from gradinv_helpers.attacks.layerwise import chain_to_solve, invert_layer_by_layer
+from gradinv_helpers.attacks.levenberg_marquardt import MOST_UNKNOWNS, solve_dense
 from gradinv_helpers.attacks.low_rank import invert_low_rank, relu_front
 from gradinv_helpers.errors import InputError, check_seed
 from gradinv_helpers.updates import SharedUpdate
@@ -63,13 +65,19 @@ class ExactSolution:
 
 
 def invert_exactly(
-    update: SharedUpdate, *, labels: Tensor | None = None, seed: int = 0
+    update: SharedUpdate,
+    *,
+    labels: Tensor | None = None,
+    seed: int = 0,
+    dense: bool = False,
 ) -> ExactSolution:
     """Compute the images behind an update by the method that the model allows.
 
     One sample behind a first linear layer has a closed form; one sample behind a chain
     of convolutions and linear layers is solved layer by layer; several samples behind
-    a first linear layer with ReLU are taken apart by low rank and sparsity.
+    a first linear layer with ReLU are taken apart by low rank and sparsity. Anything
+    else can be handed to Levenberg-Marquardt, which needs dense matrices of all pixels
+    and a few seconds to minutes.
 
     Args:
         update: A gradient, or the weight change of one SGD step.
@@ -104,10 +112,13 @@ def invert_exactly(
             sorry.append(f"{method.name}: {error.got}")
             continue
         return method.solve(update, labels, seed)
+    if dense and math.prod(update.image_shape) * update.num_samples <= MOST_UNKNOWNS:
+        return _dense(update, labels, seed)
     samples = f"{update.num_samples} sample{'s' * (update.num_samples > 1)}"
     raise InputError(
         "attack 'exact'",
-        "; or ".join(method.structure for method in _METHODS),
+        "; or ".join(method.structure for method in _METHODS)
+        + f"; or at most {MOST_UNKNOWNS:,} unknown pixels" * dense,
         f"{samples} of another model ({'; '.join(sorry)})",
         "use attack='auto'",
     )
@@ -204,6 +215,19 @@ def _low_rank(update: SharedUpdate, labels: Tensor | None, seed: int) -> ExactSo
         "several samples behind a linear layer and ReLU: low rank and sparsity take "
         "them apart",
         _GIVEN if labels is not None else "inferred (error of the first layer)",
+    )
+
+
+def _dense(update: SharedUpdate, labels: Tensor | None, seed: int) -> ExactSolution:
+    source = "inferred (counts)" if labels is None else _GIVEN
+    known = infer_labels(update) if labels is None else labels
+    images, certificate, _ = solve_dense(update, known, seed=seed)
+    return ExactSolution(
+        images,
+        known,
+        certificate,
+        "no algebra applies: all matching equations are solved by Levenberg-Marquardt",
+        source,
     )
 
 

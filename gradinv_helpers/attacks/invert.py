@@ -282,7 +282,9 @@ def _by_algebra(
         begun = time.perf_counter()
         try:
             with cpu_threads(0):
-                solution = invert_exactly(update, labels=known, seed=seed + k)
+                solution = invert_exactly(
+                    update, labels=known, seed=seed + k, dense=must
+                )
         except InputError:
             if must:
                 raise

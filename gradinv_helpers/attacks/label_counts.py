@@ -21,6 +21,7 @@ from gradinv_helpers.updates import SharedUpdate
 _REFINEMENTS = 3  # of the features of each class
 _FEATURE_RIDGE = 1e-2  # share of the mean eigenvalue
 _COUNT_RIDGE = 1e-3
+_HUGE = 1e9  # larger estimates would leave no digits for the others
 
 Gradient = tuple[Tensor, Tensor]  # of weight (K, d) and bias (K,)
 
@@ -28,7 +29,7 @@ Gradient = tuple[Tensor, Tensor]  # of weight (K, d) and bias (K,)
 def counts_by_signs(weight_gradient: Tensor, num_samples: int) -> Tensor:
     """One sample for each of the classes whose row holds the lowest entries.
 
-    Source: Yin et al. (2021), label restoration.
+    Source: Yin et al. (2021).
     """
     num_classes = len(weight_gradient)
     if num_samples > num_classes:
@@ -67,7 +68,7 @@ def counts_by_llg(
     Returns:
         Counts (K,).
 
-    Source: Wainakh et al. (2022), Algorithm 1.
+    Source: Wainakh et al. (2022).
     """
     sums = weight_gradient.sum(1)
     num_classes = len(sums)
@@ -163,7 +164,8 @@ def nearest_counts(
     if lowest is None:
         lowest = torch.zeros(len(estimate), dtype=torch.int64)
     total = num_samples - int(lowest.sum())
-    rest = torch.nan_to_num(estimate.double()) - lowest
+    finite = torch.nan_to_num(estimate.double()).clamp(-_HUGE, _HUGE)
+    rest = finite - lowest
     # Euclidean projection onto the non-negative numbers with this sum.
     falling = rest.sort(descending=True).values
     excess = (falling.cumsum(0) - total) / torch.arange(1, len(rest) + 1)

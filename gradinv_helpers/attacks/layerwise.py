@@ -151,6 +151,8 @@ def chain_to_solve(model: nn.Module) -> list[tuple[str, nn.Module]]:
     Raises:
         InputError: The model is another one; the first layer without an inverse is
             named.
+
+    Taught in: notebooks/03_stronger_matching.
     """
     kinds = (nn.Linear, nn.Conv2d, nn.Flatten, nn.Sigmoid, nn.Tanh, nn.ReLU, Normalize)
     if type(model) is not nn.Sequential:
