@@ -155,7 +155,7 @@ def invert_command(
     tv_weight: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option(
-            "--tv-weight", help="Weight of the total variation; the attack's by default."
+            "--tv-weight", help="Weight of total variation; the attack's by default."
         ),
     ] = None,
     init_scale: Annotated[

@@ -68,23 +68,23 @@ def test_sgd_on_untrained_models(name: str, recipe: LocalTraining) -> None:
         assert right(infer_label_counts(update), images) >= 0.9
 
 
-@pytest.mark.parametrize("epochs", [3, 10])
-@pytest.mark.parametrize("optimiser", ["sgd", "momentum"])
-def test_large_steps_are_followed(optimiser: str, epochs: int) -> None:
-    """Predictions move far; taking them from the server's model is much worse."""
-    lr = 0.3 if optimiser == "sgd" else 0.03
+@pytest.mark.parametrize(
+    ("optimiser", "lr", "epochs"),
+    [("sgd", 0.1, 3), ("sgd", 0.1, 10), ("sgd", 0.3, 3), ("momentum", 0.03, 10)],
+)
+def test_large_steps_are_followed(optimiser: str, lr: float, epochs: int) -> None:
+    """Predictions move far; those of the server's model alone miscount."""
     recipe = delta(lr=lr, epochs=epochs, batch_size=None, optimiser=optimiser)
     images = batch(24, seed=3, dominant=0.5)
     model = model_for_digits()
     update = local_update(model, images, recipe)
-    scale = {"sgd": 1.0, "momentum": 10.0}[optimiser] * lr * epochs
+    weight = {"sgd": epochs, "momentum": sum(10 * (1 - 0.9**k) for k in range(1, 11))}
     with torch.no_grad():
-        still = model(images.pixels).softmax(1).mean(0)
-    naive = 24 * (still + update.tensors["3.bias"] / scale)
-    naive_error = float((naive - truth(images)).abs().sum())
+        start = model(images.pixels).softmax(1).mean(0)  # better than any guess of it
+    naive = 24 * (start + update.tensors["3.bias"] / lr / weight[optimiser])
     error = float((infer_label_counts(update) - truth(images)).abs().sum())
     assert error <= 2
-    assert naive_error > 2 * error + 4
+    assert float((naive - truth(images)).abs().sum()) > error + 3
 
 
 @pytest.mark.parametrize("optimiser", ["sgd", "momentum", "adam"])
@@ -178,7 +178,7 @@ def test_simulated_adam_is_torchs_adam(weight_decay: float) -> None:
         adam.step()
     recipe = delta(optimiser="adam", lr=0.05, weight_decay=weight_decay)
     found = _change_by_adam(recipe, gradient, torch.tensor(0.4).double())
-    assert float(found) == pytest.approx(float(weight) - 0.4, rel=1e-6)
+    assert float(found) == pytest.approx(float(weight.detach()) - 0.4, rel=1e-6)
 
 
 def test_label_shares_are_those_of_shuffled_batches() -> None:

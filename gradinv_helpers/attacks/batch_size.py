@@ -25,6 +25,7 @@ from gradinv_helpers.updates import SharedUpdate
 _WHOLE = 0.1  # root mean square distance to integers that passes for whole numbers
 _LARGEST_SPREAD = 0.08  # mean total variation distance between predictions
 _NOISE_MARGIN = 1.5
+_ROUNDING = 3.0  # in units of the last digit
 _GAP = 5.0
 
 
@@ -77,6 +78,7 @@ def infer_num_samples(
     """
     check_count("maximum", maximum)
     check_seed("seed", seed)
+    last_linear(update)  # refuses models without one
     layers = _usable_layers(update, seed)
     if not layers:
         raise InputError(
@@ -158,7 +160,7 @@ def _gradient_of_layer(update: SharedUpdate, name: str) -> Tensor:
 
 
 def _noise(update: SharedUpdate) -> float:
-    """Standard deviation of noise and rounding in the update.
+    """Standard deviation of the noise in the update.
 
     The rows of the last layer's gradient add up to zero; what they do add up to is
     noise.
@@ -175,11 +177,15 @@ def _rank(update: SharedUpdate, name: str, noise: float) -> tuple[int, bool]:
     far below.
     """
     gradient = _gradient_of_layer(update, name)
-    precision = next(iter(update.tensors.values())).dtype
     values = torch.linalg.svdvals(gradient)
+    weight = update.model.get_parameter(f"{name}.weight" if name else "weight")
+    rounding = _ROUNDING * torch.finfo(weight.dtype).eps
+    if update.kind == "delta":  # a difference of weights that were rounded every step
+        steps = max(update.training.num_steps(n) for n in update.group_sizes or ())
+        noise = max(noise, rounding * float(weight.detach().abs().max()) * steps**0.5)
     largest_of_noise = noise * sum(side**0.5 for side in gradient.shape)
-    rounding = torch.finfo(precision).eps * float(values[0])
-    rank = int((values > max(rounding, _NOISE_MARGIN * largest_of_noise)).sum())
+    floor = max(rounding * float(values[0]), _NOISE_MARGIN * largest_of_noise)
+    rank = int((values > floor).sum())
     used = min(int(gradient.any(1).sum()), int(gradient.any(0).sum()))
     clear = 0 < rank < used - 1 and float(values[rank - 1]) > _GAP * float(values[rank])
     return rank, clear

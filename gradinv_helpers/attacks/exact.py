@@ -82,9 +82,10 @@ def invert_exactly(
     Args:
         update: A gradient, or the weight change of one SGD step.
         labels: True labels (N,), if the attacker is given them. They are not needed
-            for the images.
-        seed: Seed of the random starts of the low-rank search; the other methods draw
-            nothing.
+            for the images, but Levenberg-Marquardt infers them first.
+        seed: Seed of the random starts of the low-rank search and of
+            Levenberg-Marquardt; the other methods draw nothing.
+        dense: Whether Levenberg-Marquardt may be used where no algebra applies.
 
     Returns:
         Images, labels, certificate, and why the method was picked.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradinv_helpers.attacks.last_layer import (
     LastLayer,
+    bias_noise,
     dummy_features,
     mean_gradient,
 )
@@ -125,8 +126,8 @@ def bounds_of_one_step(
     _, bias = mean_gradient(update, layer, (num_samples,))
     if bias is None:
         return torch.zeros(layer.num_classes, dtype=torch.int64)
-    step = 1.0 if update.kind == "gradient" else update.training.lr
-    return certain_counts(bias, num_samples, update.noise_std / step)
+    noise = bias_noise(update, layer, (num_samples,))
+    return certain_counts(bias, num_samples, noise)
 
 
 def certain_counts(bias_gradient: Tensor, num_samples: int, noise: float) -> Tensor:

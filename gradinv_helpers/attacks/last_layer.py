@@ -157,6 +157,22 @@ def mean_gain(recipe: LocalTraining, group_sizes: tuple[int, ...]) -> float:
     return total / sum(group_sizes)
 
 
+def bias_noise(
+    update: SharedUpdate, layer: LastLayer, group_sizes: tuple[int, ...]
+) -> float:
+    """Standard deviation of noise and rounding in the mean bias gradient.
+
+    A weight change is a difference of weights that were rounded at every step.
+    """
+    if update.kind == "gradient":
+        return update.noise_std
+    precision = torch.finfo(next(iter(update.tensors.values())).dtype).eps
+    steps = max(update.training.num_steps(size) for size in group_sizes)
+    rounding = precision * float(layer.bias.abs().max()) * steps**0.5
+    scale = update.training.lr * mean_gain(update.training, group_sizes)
+    return max(update.noise_std, rounding) / scale
+
+
 def dummy_images(update: SharedUpdate, seed: int) -> Tensor:
     """Images (32, C, H, W) that owe nothing to any data set.
 

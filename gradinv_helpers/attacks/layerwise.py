@@ -331,9 +331,9 @@ class _Convolution:
 def _taps(conv: nn.Conv2d, shape: tuple[int, ...]) -> Tensor:
     """Pixel under every kernel tap at every output place: (k*k, places), -1 none."""
     area = shape[1] * shape[2]
-    pixels = torch.arange(1, 1 + area, dtype=torch.float64).view(1, 1, *shape[1:])
+    numbers = torch.arange(1, 1 + area, dtype=torch.float64).view(1, 1, *shape[1:])
     columns = F.unfold(
-        pixels,
+        numbers,
         conv.kernel_size,
         conv.dilation,
         conv.padding,  # type: ignore[arg-type]

@@ -392,7 +392,7 @@ def _confirm(rows: _Rows, p: Tensor, *, precise: bool = False) -> _Found:
         block = white[silent[i, j]]
         _, sizes, directions = torch.linalg.svd(block, full_matrices=False)
         sizes = sizes / len(block) ** 0.5  # in noise levels
-        if sizes[-1] > 10 or sizes[-2] < 30 * sizes[-1]:
+        if sizes[-1] > 10 or sizes[-2] < 30 * sizes[-1].clamp_min(1):
             continue
         q = directions[-1]
         on = (rows.values @ q).abs() > _NOISE_LEVELS * rows.noise

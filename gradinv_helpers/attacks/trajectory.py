@@ -19,6 +19,7 @@ from gradinv_helpers.attacks.label_counts import (
 )
 from gradinv_helpers.attacks.last_layer import (
     LastLayer,
+    bias_noise,
     dummy_features,
     dummy_images,
     gains,
@@ -91,7 +92,7 @@ def _counts_of_sgd(
     feature = mean_feature(gradient)
     lowest = torch.zeros(layer.num_classes, dtype=torch.int64)
     if _counts_every_sample_alike(recipe, groups):
-        noise = update.noise_std / recipe.lr / steps
+        noise = bias_noise(update, layer, groups)
         lowest = certain_counts(gradient[1], total, noise)
     chosen = torch.linspace(0, steps - 1, min(steps, _PATH_POINTS)).round().long()
     end = (layer.weight + layer.sent_weight, layer.bias + layer.sent_bias)
