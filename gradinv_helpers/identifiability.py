@@ -118,7 +118,7 @@ def identify(
         InputError: Counts or shapes differ, or a value is not finite or not in [0, 1].
 
     Source: Yin et al. (2021), See through gradients, for the share of images whose
-        reconstruction has them as nearest neighbour.
+    reconstruction has them as nearest neighbour.
     Taught in: notebooks/03_stronger_matching
     """
     images = check_reconstruction(reconstruction)

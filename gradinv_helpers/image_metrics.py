@@ -146,7 +146,7 @@ def registered_psnr(
             the shift is not from 0 to the smaller side minus 1.
 
     Source: Yin et al. (2021), See through gradients, for registering images in
-        gradient inversion. They warp with RANSAC-Flow; here images only move.
+    gradient inversion. They warp with RANSAC-Flow; here images only move.
     Taught in: notebooks/03_stronger_matching
     """
     left, right = check_pair(images, truth)

@@ -102,7 +102,7 @@ def share_interval(
         InputError: A count or the level is out of range.
 
     Source: Wilson (1927), Probable inference, the law of succession, and statistical
-        inference.
+    inference.
     Taught in: notebooks/03_stronger_matching
 
     >>> low, high = share_interval(10, 10)

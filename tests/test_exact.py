@@ -216,5 +216,7 @@ def test_levenberg_marquardt_where_no_algebra_applies() -> None:
     with pytest.raises(gi.InputError, match="attack 'exact'"):
         invert_exactly(gi.local_update(model, victims))
     many = gi.load_images("digits", split="test")[list(range(130))]
-    with pytest.raises(gi.InputError, match="or at most 8,192 unknown pixels"):
+    with pytest.raises(
+        gi.InputError, match="or at most 8,192 pixels behind a smooth model"
+    ):
         gi.invert(gi.local_update(model, many), attack="exact")

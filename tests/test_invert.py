@@ -449,9 +449,11 @@ def test_given_labels_are_marked() -> None:
     same(found, search(update, labels=truth.labels.tolist(), **settings))
     swapped = search(update, labels=truth.labels.flip(0), **settings)
     assert swapped.labels.tolist() == truth.labels.flip(0).tolist()
+    sources = {"auto": "inferred (last layer taken apart)"}
     for attack in ("auto", "dlg"):
         unmarked = search(update, attack=attack, **settings)
-        assert unmarked.label_source == "fitted with the images"
+        source = sources.get(attack, "fitted with the images")
+        assert unmarked.label_source == source
 
 
 def test_given_labels_are_one_list_per_client() -> None:

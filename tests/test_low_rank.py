@@ -24,6 +24,7 @@ from gradinv_helpers.attacks.low_rank import (
     _inner_gram,
     _jacobian_rank,
     _parallel_rows,
+    _Rows,
     invert_low_rank,
 )
 from gradinv_helpers.data import Images
@@ -369,6 +370,25 @@ def test_a_candidate_is_confirmed_by_its_silent_units(photos: gi.Images) -> None
     # What is known to be exact replaces what is not.
     assert bool(blend.merge(right).exact.all())
     assert torch.allclose(blend.merge(right).inputs(rows), pixels, atol=1e-9)
+
+
+def test_rows_that_miss_a_dimension_by_accident() -> None:
+    """Seven rows, but only three directions among them: no sample is off in all."""
+    torch.manual_seed(0)
+    e = torch.randn(20, 4, dtype=torch.float64)
+    e[:3] = torch.tensor([1.0, 0, 0, 0])
+    e[3:6] = torch.tensor([0, 1.0, 0, 0])
+    e[6] = torch.tensor([0, 0, 1.0, 2.0])
+    values = e @ torch.randn(4, 4, dtype=torch.float64)
+    basis, _ = torch.linalg.qr(torch.randn(9, 4, dtype=torch.float64))
+    candidate = torch.randn(1, 4, dtype=torch.float64)
+    candidate = candidate / (candidate @ basis[-1])
+    silent = torch.ones(20, 1, dtype=torch.float64)
+    silent[:7] = -1
+    outputs = silent * candidate / candidate.square().sum()
+    noise = torch.full((20,), 1e-12, dtype=torch.float64)
+    rows = _Rows(basis.T, values, values, noise, outputs)
+    assert not len(_confirm(rows, candidate).q)
 
 
 def test_parallel_rows_are_found_once() -> None:

@@ -448,7 +448,9 @@ def test_restarts_run_as_one_batch() -> None:
         found = invert(update, attack=attack, restarts=restarts, iterations=1)
         assert len(found.trials) == restarts
         counts[attack, restarts] = Counting.calls
-    assert counts[FIRST_ORDER, 1] == counts[FIRST_ORDER, 6] >= 20
+    # Before the first batch it is checked, once, that batching changes nothing.
+    assert 20 <= counts[FIRST_ORDER, 1] <= counts[FIRST_ORDER, 6]
+    assert counts[FIRST_ORDER, 6] <= counts[FIRST_ORDER, 1] + 6
     # Line searches differ in length; the longest decides, not the sum.
     assert counts["dlg", 6] < sum(trial.evaluations for trial in found.trials) / 2
 

@@ -16,6 +16,7 @@ from gradinv_helpers.attacks.last_layer import (
     dummy_features,
     dummy_images,
     last_linear,
+    parameter_name,
     read_last_layer,
 )
 from gradinv_helpers.compute import private_randomness
@@ -90,15 +91,20 @@ def infer_num_samples(
     noise = _noise(update)
     ranks = {name: _rank(update, name, noise) for name in layers}
     lowest = max(1, *(rank for rank, _ in ranks.values()))
-    telling = [name for name, (rank, clear) in ranks.items() if clear and rank]
-    if telling and ranks[telling[0]][0] == lowest:
-        return BatchSize(lowest, lowest, f"rank of layer {telling[0]!r}")
-    reason = "the rank of no layer ends with a gap; "
+    telling = [name for name, (rank, clear) in ranks.items() if clear]
+    best = next((name for name in telling if ranks[name][0] == lowest), None)
+    ranked = BatchSize(lowest, lowest, f"rank of layer {best!r}")
+    if best is not None and best != last_linear(update):
+        return ranked
     try:
         gradient = update.gradient()
     except InputError:
-        return BatchSize(None, lowest, reason + "there is no single gradient")
+        reason = "the rank of no layer ends with a gap, and there is no single gradient"
+        return BatchSize(None, lowest, reason) if best is None else ranked
     size, why = _smallest_whole(update, gradient, lowest, maximum, seed)
+    if best is not None and size in (None, lowest):
+        return ranked
+    reason = "the rank of the last layer is " + ("too low; " if best else "full; ")
     return BatchSize(size, lowest, reason + why)
 
 
@@ -129,8 +135,8 @@ def _layer_inputs(
     model, found = copy.deepcopy(model), {}
     images = dummy_images(update, seed)
     for name, module in model.named_modules():
-        trained = f"{name}.weight" if name else "weight"
-        if isinstance(module, nn.Linear) and trained in update.tensors:
+        trained = parameter_name(name, "weight") in update.tensors
+        if isinstance(module, nn.Linear) and trained:
 
             def keep(
                 _: nn.Module, inputs: tuple[Tensor, ...], name: str = name
@@ -146,10 +152,9 @@ def _layer_inputs(
 
 def _gradient_of_layer(update: SharedUpdate, name: str) -> Tensor:
     """Gradient of weight and bias of a layer side by side, up to a factor."""
-    prefix = f"{name}." if name else ""
     recipe, columns = update.training, []
     start = dict(update.model.named_parameters())
-    for key in (f"{prefix}weight", f"{prefix}bias"):
+    for key in (parameter_name(name, "weight"), parameter_name(name, "bias")):
         if key in update.tensors:
             sent = update.tensors[key].double().cpu()
             if update.kind == "delta" and recipe.weight_decay:
@@ -178,7 +183,7 @@ def _rank(update: SharedUpdate, name: str, noise: float) -> tuple[int, bool]:
     """
     gradient = _gradient_of_layer(update, name)
     values = torch.linalg.svdvals(gradient)
-    weight = update.model.get_parameter(f"{name}.weight" if name else "weight")
+    weight = update.model.get_parameter(parameter_name(name, "weight"))
     rounding = _ROUNDING * torch.finfo(weight.dtype).eps
     if update.kind == "delta":  # a difference of weights that were rounded every step
         steps = max(update.training.num_steps(n) for n in update.group_sizes or ())
@@ -202,8 +207,8 @@ def _smallest_whole(
     layer, name = read_last_layer(update), last_linear(update)
     if layer.sent_bias is None:
         return None, "the last layer has no bias"
-    bias = gradient[f"{name}.bias" if name else "bias"].double().cpu()
-    weight = gradient[f"{name}.weight" if name else "weight"].double().cpu()
+    bias = gradient[parameter_name(name, "bias")].double().cpu()
+    weight = gradient[parameter_name(name, "weight")].double().cpu()
     features = dummy_features(update, seed)
     predictions = (features @ layer.weight.T + layer.bias).softmax(1)
     distance = (predictions - predictions.mean(0)).abs().sum(1).mean() / 2

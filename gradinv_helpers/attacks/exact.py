@@ -28,6 +28,7 @@ from gradinv_helpers.attacks.labels import infer_labels
 from gradinv_helpers.attacks.layerwise import chain_to_solve, invert_layer_by_layer
 from gradinv_helpers.attacks.levenberg_marquardt import MOST_UNKNOWNS, solve_dense
 from gradinv_helpers.attacks.low_rank import invert_low_rank, relu_front
+from gradinv_helpers.attacks.plan import has_kinks
 from gradinv_helpers.errors import InputError, check_seed
 from gradinv_helpers.updates import SharedUpdate
 
@@ -113,13 +114,14 @@ def invert_exactly(
             sorry.append(f"{method.name}: {error.got}")
             continue
         return method.solve(update, labels, seed)
-    if dense and math.prod(update.image_shape) * update.num_samples <= MOST_UNKNOWNS:
+    small = math.prod(update.image_shape) * update.num_samples <= MOST_UNKNOWNS
+    if dense and small and not has_kinks(update.model):
         return _dense(update, labels, seed)
     samples = f"{update.num_samples} sample{'s' * (update.num_samples > 1)}"
     raise InputError(
         "attack 'exact'",
         "; or ".join(method.structure for method in _METHODS)
-        + f"; or at most {MOST_UNKNOWNS:,} unknown pixels" * dense,
+        + f"; or at most {MOST_UNKNOWNS:,} pixels behind a smooth model" * dense,
         f"{samples} of another model ({'; '.join(sorry)})",
         "use attack='auto'",
     )

@@ -52,7 +52,10 @@ def last_linear(update: SharedUpdate) -> str:
     """
     found = None
     for name, module in update.model.named_modules():
-        if isinstance(module, nn.Linear) and _key(name, "weight") in update.tensors:
+        if (
+            isinstance(module, nn.Linear)
+            and parameter_name(name, "weight") in update.tensors
+        ):
             found = name
     if found is None:
         raise InputError(
@@ -73,12 +76,12 @@ def read_last_layer(update: SharedUpdate) -> LastLayer:
     name = last_linear(update)
     module = update.model.get_submodule(name)
     assert isinstance(module, nn.Linear)
-    sent_bias = update.tensors.get(_key(name, "bias"))
+    sent_bias = update.tensors.get(parameter_name(name, "bias"))
     bias = torch.zeros(len(module.weight)) if module.bias is None else module.bias
     return LastLayer(
         weight=_float64(module.weight),
         bias=_float64(bias),
-        sent_weight=_float64(update.tensors[_key(name, "weight")]),
+        sent_weight=_float64(update.tensors[parameter_name(name, "weight")]),
         sent_bias=None if sent_bias is None else _float64(sent_bias),
     )
 
@@ -120,7 +123,7 @@ def mean_gradient(
             "update",
             "a gradient, or a weight change by SGD of known scale",
             f"a change by {what}",
-            "use method 'trajectory'",
+            "" if update.normalized else "use method 'trajectory'",
         )
     scale = 1.0 if update.normalized else recipe.lr * mean_gain(recipe, group_sizes)
     steps = max(recipe.num_steps(size) for size in group_sizes)
@@ -224,7 +227,8 @@ def dummy_features(update: SharedUpdate, seed: int) -> Tensor:
     return _float64(seen[-1][0])
 
 
-def _key(layer: str, parameter: str) -> str:
+def parameter_name(layer: str, parameter: str) -> str:
+    """Name of a layer's parameter in the model; the layer may be the model itself."""
     return f"{layer}.{parameter}" if layer else parameter
 
 

@@ -62,8 +62,9 @@ _NOISE_LEVELS, _ZERO = 8.0, 1e-5
 # Margins, in standard deviations over the units, by which a unit must be off to be
 # foretold: an image that is not yet precise errs where a pre-activation is small.
 _MARGINS = (0.0, 0.05, 0.2, 0.5)
-# An exact sample may miss this share of the units, where E is as small as the noise.
-_SILENT = 0.01
+# A confirmed sample may err in this share of the units; an exact one may only miss
+# few that should speak, where E is as small as the noise.
+_DISAGREEMENT, _SILENT = 0.05, 0.01
 # Singular values that are looked at beyond the stated number of samples.
 _BEYOND = 8
 
@@ -327,7 +328,7 @@ def _search(rows: _Rows, rounds: int, generator: torch.Generator) -> _Found:
     pool = open_[:0] if many else open_
     spaces = [_space(rows, open_, activity < share) for share in _SHARES if many]
     for place in range(rounds if many else 1):
-        if len(found.q) == rows.rank:
+        if len(found.q) >= rows.rank:
             break
         space = spaces[place % len(spaces)] if many else None
         if space is not None:
@@ -346,19 +347,18 @@ def _search(rows: _Rows, rounds: int, generator: torch.Generator) -> _Found:
 
 def _complete(rows: _Rows, found: _Found, pool: Tensor) -> _Found:
     """As many directions as the rank, confirmed or not, and their coordinates."""
-    missing = rows.rank - len(found.q)
     q = torch.cat([found.q, pool, torch.eye(rows.rank).to(pool)])
-    q = q[_independent(q)]
-    p = torch.linalg.inv(q).T
+    kept = _independent(q)
+    p = torch.linalg.inv(q[kept]).T
     p = p / _away_from_zero(p @ rows.ones)[:, None]
-    if not missing:
+    if len(found.q) == rows.rank == 1 + kept[-1]:
         return replace(found, p=p, exact=torch.ones_like(found.exact))
     # Coordinates of one sample have no part in the direction of another one.
     parts = (F.normalize(found.p, dim=1) @ found.q.T).abs().fill_diagonal_(0)
-    pure = (parts < max(1e-6, 100 * rows.noise_share)).all(1)
-    exact = torch.cat([found.exact & pure, found.exact.new_zeros(missing)])
-    p[exact] = found.p[found.exact & pure]
-    return _Found(q, p, exact)
+    pure = parts < max(1e-6, 100 * rows.noise_share)
+    exact = F.pad(found.exact & pure.all(1), (0, len(q) - len(found.q)))[kept]
+    p[exact] = F.pad(found.p, (0, 0, 0, len(q) - len(found.q)))[kept][exact]
+    return _Found(q[kept], p, exact)
 
 
 def _coordinates(found: _Found, candidates: Tensor) -> Tensor:
@@ -398,6 +398,9 @@ def _confirm(rows: _Rows, p: Tensor, *, precise: bool = False) -> _Found:
         on = (rows.values @ q).abs() > _NOISE_LEVELS * rows.noise
         wrongly_on = on & (outputs[i] < -1e-6 * spread[i])
         wrongly_off = ~on & (outputs[i] > 1e-6 * spread[i])
+        # Few rows may miss a dimension by accident, but q then lives elsewhere too.
+        if float((wrongly_on | wrongly_off).double().mean()) > _DISAGREEMENT:
+            continue
         agrees = ~wrongly_on.any() & (wrongly_off.double().mean() < _SILENT)
         exact = agrees & precise
         found = found.merge(_Found(q[None], p[i : i + 1], exact[None]))

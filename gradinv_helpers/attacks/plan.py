@@ -88,7 +88,7 @@ def make_plan(
         check_number("tv_weight", tv_weight)
     if optimiser is not None:
         check_choice("optimiser", optimiser, OPTIMISERS)
-    kinked = any(isinstance(module, _KINKED) for module in updates[0].model.modules())
+    kinked = has_kinks(updates[0].model)
     name, reason = attack, "asked for"
     if attack == "auto" and kinked:
         name = "inverting-gradients"
@@ -118,6 +118,14 @@ def make_plan(
         optimiser=optimiser or ("signed-adam" if by_cosine else "l-bfgs"),
         tv_weight=smoothing if tv_weight is None else tv_weight,
     )
+
+
+def has_kinks(model: nn.Module) -> bool:
+    """Whether the slope of a network jumps, as with ReLU or max-pooling.
+
+    Taught in: notebooks/03_stronger_matching.
+    """
+    return any(isinstance(module, _KINKED) for module in model.modules())
 
 
 def _check_squares(
@@ -162,10 +170,17 @@ def _labels(
         return known, "given (upper bound)", ""
     unknown = "fitted with the images"
     one = updates[0].num_samples == 1
+    if asked == "auto" and not one:
+        try:  # for small batches; it fails rather than being wrong
+            found = [infer_labels(update, method="exact") for update in updates]
+        except InputError:
+            return None, unknown, ""
+        return found, "inferred (last layer taken apart)", ""
     if attack == "dlg" or (not one and asked != "idlg"):
         return None, unknown, ""
     try:
-        return [infer_labels(update) for update in updates], "inferred (iDLG)", ""
+        found = [infer_labels(update, method="idlg") for update in updates]
+        return found, "inferred (iDLG)", ""
     except InputError as error:
         if asked == "idlg":
             raise
