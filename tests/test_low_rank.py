@@ -373,7 +373,7 @@ def test_a_candidate_is_confirmed_by_its_silent_units(photos: gi.Images) -> None
 
 
 def test_rows_that_miss_a_dimension_by_accident() -> None:
-    """Seven rows, but only three directions among them: no sample is off in all."""
+    """Seven clearly silent rows, but three directions: no sample is off in all."""
     torch.manual_seed(0)
     e = torch.randn(20, 4, dtype=torch.float64)
     e[:3] = torch.tensor([1.0, 0, 0, 0])
@@ -384,7 +384,7 @@ def test_rows_that_miss_a_dimension_by_accident() -> None:
     candidate = torch.randn(1, 4, dtype=torch.float64)
     candidate = candidate / (candidate @ basis[-1])
     silent = torch.ones(20, 1, dtype=torch.float64)
-    silent[:7] = -1
+    silent[:7], silent[7:13] = -1, -0.01
     outputs = silent * candidate / candidate.square().sum()
     noise = torch.full((20,), 1e-12, dtype=torch.float64)
     rows = _Rows(basis.T, values, values, noise, outputs)

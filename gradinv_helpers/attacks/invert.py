@@ -289,9 +289,10 @@ def _by_algebra(
             if must:
                 raise
             break  # the structure is missing for all clients
-        if must or solution.certificate.exact:
+        complete = len(solution.images) == update.num_samples
+        if must or (complete and solution.certificate.exact):
             solved[k] = _as_reconstruction(update, solution, begun, seed + k)
-        else:
+        elif complete:
             guesses[k] = solution
     return solved, guesses
 
