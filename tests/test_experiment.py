@@ -359,7 +359,7 @@ def test_json_of_one_update(tmp_path: Path) -> None:
     assert metrics["true_labels"] == pool()[[15, 16]].labels.tolist()
     assert len(metrics["labels"]) == 2
     assert metrics["attack"] == "dlg"
-    assert metrics["label_source"] == "fitted with the images"
+    assert metrics["label_source"] == "inferred (last layer taken apart)"
     assert sorted(metrics["assignment"]) == [0, 1]
     assert metrics["summary"] == result.scores["client_1"].to_dict()["summary"]
     assert metrics["floors"]

@@ -43,7 +43,7 @@ def test_checkpoint_and_accuracy(tmp_path: Path, suffix: str) -> None:
     )
     model, info = load_checkpoint(result.files[0])
     assert info is not None
-    assert dataclasses.astuple(info) == ("mlp", 1, 8, 10)
+    assert dataclasses.astuple(info) == ("mlp", 1, 8, 10, None, None)
     for split, stated in (
         ("train", result.train_accuracy),
         ("test", result.test_accuracy),
