@@ -21,6 +21,7 @@ from gradinv_helpers.attacks.gradients import (
 )
 from gradinv_helpers.attacks.jacobian import linearise_gradient
 from gradinv_helpers.attacks.matching import (
+    _like,
     normalized_groups,
     squared_error,
     squared_norm,
@@ -280,8 +281,3 @@ class MatchingProblem:
         return points[..., self.num_pixels :].unflatten(
             -1, (self.num_samples, self.num_classes)
         )
-
-
-def _like(per_trial: Tensor, reference: Tensor) -> Tensor:
-    """View (A,) as (A, 1, ..., 1), to broadcast against ``reference``."""
-    return per_trial.view(-1, *(1,) * (reference.dim() - 1))
