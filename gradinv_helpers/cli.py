@@ -352,12 +352,13 @@ def bench_command(
     repeats: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(
-            "--repeats", help="trials: rounds of timing; labels: batches of each kind."
+            "--repeats",
+            help="trials: rounds of timing; labels, networks: batches of each kind.",
         ),
     ] = None,
     iterations: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option("--iterations", help="table1: updates of signed Adam."),
+        typer.Option("--iterations", help="table1, networks: updates of signed Adam."),
     ] = None,
     quick: Annotated[
         bool,
@@ -374,6 +375,7 @@ def bench_command(
 
     single: one image, quality and time. trials: many images at once. labels: which
     labels an update gives away. table1: the design of Table 1 of Inverting Gradients.
+    networks: batches behind ConvNet and ResNet-18.
     Writes a table, a plot and a JSON file with every measurement and the facts of the
     machine to --output-dir (outputs/bench). After Ctrl-C the same command goes on.
     """

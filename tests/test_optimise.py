@@ -407,13 +407,15 @@ def test_direction_is_that_of_two_loops(length: int, count: int) -> None:
     s, y = curved_pairs(trials, max(count, 1), size, seed=count)
     history = History(trials, size, torch.zeros(1, dtype=F64), length=length)
     kept: list[list] = [[] for _ in range(trials)]
+    gradient = torch.randn(trials, size, dtype=F64)
+    history.direction(gradient)
     for k in range(count):
         # Trial 0 takes every pair, trial 1 every second one, trial 2 few.
         rows = [t for t in range(trials) if k % (1, 2, 5)[t] == 0]
-        history.add(torch.tensor(rows), s[k, rows], y[k, rows])
+        gradient[rows] += y[k, rows]
+        history.add(torch.tensor(rows), s[k, rows], gradient[rows])
         for t in rows:
             kept[t].append((s[k, t], y[k, t]))
-        gradient = torch.randn(trials, size, dtype=F64)
         found = history.direction(gradient)
         for t in range(trials):
             expected = two_loops(kept[t][-length:], gradient[t])
@@ -428,9 +430,12 @@ def test_forgetting_and_dropping_trials() -> None:
     trials, size = 4, 6
     s, y = curved_pairs(trials, 5, size, seed=0)
     history = History(trials, size, torch.zeros(1, dtype=F64), length=3)
-    for k in range(5):
-        history.add(torch.arange(trials), s[k], y[k])
     gradient = torch.randn(trials, size, dtype=F64)
+    history.direction(gradient)
+    for k in range(5):
+        gradient += y[k]
+        history.add(torch.arange(trials), s[k], gradient)
+        history.direction(gradient)
     history.forget(torch.tensor([1]))
     found = history.direction(gradient)
     pairs = [[(s[k, t], y[k, t]) for k in (2, 3, 4)] for t in range(trials)]
@@ -440,7 +445,8 @@ def test_forgetting_and_dropping_trials() -> None:
     history.keep(torch.tensor([0, 3]))
     again = history.direction(gradient[[0, 3]])
     assert torch.allclose(again, found[[0, 3]], rtol=1e-10)
-    history.add(torch.tensor([1]), s[:1, 3], y[:1, 3])
+    gradient[3] += y[0, 3]
+    history.add(torch.tensor([1]), s[:1, 3], gradient[3:])
     pairs[3] = [*pairs[3][1:], (s[0, 3], y[0, 3])]
     assert torch.allclose(
         history.direction(gradient[[0, 3]])[1],
@@ -454,6 +460,7 @@ def test_pairs_without_curvature_are_left_out(bad: float) -> None:
     history = History(2, 3, torch.zeros(1, dtype=F64))
     s, y = torch.ones(2, 3, dtype=F64), torch.ones(2, 3, dtype=F64)
     y[0] *= bad
+    history.direction(torch.zeros(2, 3, dtype=F64))
     history.add(torch.arange(2), s, y)
     assert history.used.tolist() == [0, 1]
     gradient = torch.ones(2, 3, dtype=F64)

@@ -214,8 +214,9 @@ def _next_step(
 class History:
     """Curvature pairs of every trial, and the L-BFGS direction in compact form.
 
-    Positions are a ring buffer per trial. The products of all pairs with each other
-    are kept up to date, so that a direction costs two passes over the memory.
+    Positions are a ring buffer per trial. A new y is a difference of two gradients, so
+    its products with all pairs are a difference of products that the directions have
+    formed anyway: a direction costs two passes over the memory and a pair none.
 
     Source: Byrd, Nocedal and Schnabel (1994), Theorem 2.4, for the compact inverse.
     """
@@ -227,82 +228,93 @@ class History:
         self.length = length
         self.pairs = like.new_zeros(trials, 2 * length, size)  # s rows, then y rows
         products = like.new_zeros(trials, length, length, dtype=torch.float64)
-        self.sy = products  # s_i . y_j
+        self.sy = products  # s_i . y_j, for s_i not younger than y_j
         self.yy = products.clone()  # y_i . y_j
         self.used = torch.zeros(trials, dtype=torch.long, device=like.device)
+        # The gradient of the last direction, and its products with all pairs.
+        self.gradient = like.new_zeros(trials, size)
+        self.along = like.new_zeros(trials, 2 * length, dtype=torch.float64)
+        self.added = torch.zeros(trials, dtype=torch.bool, device=like.device)
 
     def keep(self, rows: Tensor) -> None:
         """Drop all trials but ``rows``."""
-        for name in ("pairs", "sy", "yy", "used"):
+        for name in ("pairs", "sy", "yy", "used", "gradient", "along", "added"):
             setattr(self, name, getattr(self, name)[rows])
 
     def forget(self, rows: Tensor) -> None:
         """Start afresh for the trials ``rows``."""
         self.pairs[rows], self.sy[rows], self.yy[rows] = 0, 0, 0
-        self.used[rows] = 0
+        self.along[rows], self.used[rows], self.added[rows] = 0, 0, False
 
-    def add(self, rows: Tensor, s: Tensor, y: Tensor) -> None:
-        """Store a pair for each of ``rows``; pairs without curvature are left out."""
+    def add(self, rows: Tensor, s: Tensor, gradient: Tensor) -> None:
+        """Store the step to ``gradient`` from where the last direction was taken.
+
+        Pairs without curvature are left out. Rows of other trials are as they were.
+        """
+        y = gradient - self.gradient[rows]
         curvature = (s * y).sum(1, dtype=torch.float64)
         enough = curvature > 1e-10 * (y * y).sum(1, dtype=torch.float64)
         rows, s, y = rows[enough], s[enough], y[enough]
         if len(rows) == 0:
             return
-        m, slot = self.length, self.used[rows] % self.length
+        slot = self.used[rows] % self.length
         self.pairs[rows, slot] = s
-        self.pairs[rows, m + slot] = y
-        # All trials take part in the product: copying a selection of the pairs would
-        # cost more than multiplying the rest by zero.
-        new = self.pairs.new_zeros(len(self.used), 2, s.shape[1])
-        new[rows, 0], new[rows, 1] = s, y
-        products = (new @ self.pairs.mT)[rows].double()  # (A, 2, 2m)
-        self.sy[rows, :, slot] = products[:, 1, :m]
-        self.sy[rows, slot, :] = products[:, 0, m:]
-        self.yy[rows, :, slot] = products[:, 1, m:]
-        self.yy[rows, slot, :] = products[:, 1, m:]
+        self.pairs[rows, self.length + slot] = y
         self.used[rows] += 1
+        self.added[rows] = True
 
     def direction(self, gradient: Tensor) -> Tensor:
         """Minus the approximate inverse Hessian times ``gradient`` (T, n)."""
-        m = self.length
-        device = gradient.device
+        m, device = self.length, gradient.device
+        along = (gradient[:, None, :] @ self.pairs.mT)[:, 0].double()
+        self._take_in(along)
+        self.gradient, self.along = gradient.clone(), along
         # Oldest pair first, unused places last, as the triangle R below needs it.
         first = torch.where(self.used > m, self.used % m, 0)
         order = (first[:, None] + torch.arange(m, device=device)) % m
         valid = torch.arange(m, device=device) < self.used[:, None]
-        rows = torch.arange(len(order), device=device)[:, None, None]
-        sy = self.sy[rows, order[:, :, None], order[:, None, :]]
-        yy = self.yy[rows, order[:, :, None], order[:, None, :]]
-        both = valid[:, :, None] & valid[:, None, :]
-        curvatures = torch.where(valid, sy.diagonal(dim1=1, dim2=2), 1.0)
-        eye = torch.eye(m, dtype=torch.bool, device=device)
-        r = torch.where(both, sy.triu(), 0.0)
-        r = torch.where(eye, torch.diag_embed(curvatures), r)
-        yy = torch.where(both, yy, 0.0)
-        last = (self.used - 1).clamp_min(0).clamp_max(m - 1)
-        newest = yy.diagonal(dim1=1, dim2=2).gather(1, last[:, None])[:, 0]
-        fresh = self.used == 0
-        scale = curvatures.gather(1, last[:, None])[:, 0] / torch.where(
-            fresh, 1.0, newest
-        )
-        scale = torch.where(fresh, 1.0, scale)[:, None]
+        # Only the triangle above the diagonal is ever read.
+        places = m * order[:, :, None] + order[:, None, :]
+        r = self.sy.flatten(1).gather(1, places.flatten(1)).unflatten(1, (m, m))
+        curvatures = r.diagonal(dim1=1, dim2=2).masked_fill(~valid, 1.0)
+        r.diagonal(dim1=1, dim2=2).copy_(curvatures)
+        last = (self.used - 1).clamp_min(0)
+        newest = self.yy.diagonal(dim1=1, dim2=2).gather(1, last[:, None] % m)[:, 0]
+        youngest = curvatures.gather(1, last.clamp_max(m - 1)[:, None])[:, 0]
+        scale = torch.where(
+            self.used == 0, 1.0, youngest / torch.where(newest > 0, newest, 1.0)
+        )[:, None]
 
-        products = (gradient[:, None, :] @ self.pairs.mT)[:, 0].double()
-        sg = torch.where(valid, products[:, :m].gather(1, order), 0.0)
-        yg = torch.where(valid, products[:, m:].gather(1, order), 0.0)
+        sg = along[:, :m].gather(1, order)
         rsg = torch.linalg.solve_triangular(r, sg[:, :, None], upper=True)[:, :, 0]
-        inner = torch.where(valid, curvatures, 0.0) * rsg + scale * (
-            (yy @ rsg[:, :, None])[:, :, 0] - yg
-        )
+        placed = torch.zeros_like(rsg).scatter_(1, order, rsg)
+        bent = (self.yy @ placed[:, :, None])[:, :, 0] - along[:, m:]
+        inner = curvatures * rsg + scale * bent.gather(1, order)
         along_s = torch.linalg.solve_triangular(r.mT, inner[:, :, None], upper=False)
-        along_s = along_s[:, :, 0]
-        along_y = -scale * rsg
-        weights = torch.zeros_like(products)
-        weights[:, :m].scatter_(1, order, torch.where(valid, along_s, 0.0))
-        weights[:, m:].scatter_(1, order, torch.where(valid, along_y, 0.0))
-        weights = weights.to(gradient.dtype)
+        weights = torch.cat(
+            [torch.zeros_like(rsg).scatter_(1, order, along_s[:, :, 0]), -scale * placed],
+            dim=1,
+        ).to(gradient.dtype)
         combined = (weights[:, None, :] @ self.pairs)[:, 0]
         return -(scale.to(gradient.dtype) * gradient + combined)
+
+    def _take_in(self, along: Tensor) -> None:
+        """Form the products of the pairs that are new since the last direction."""
+        rows = self.added.nonzero()[:, 0]
+        if len(rows) == 0:
+            return
+        m, slot = self.length, (self.used[rows] - 1) % self.length
+        s, y = self.pairs[rows, slot], self.pairs[rows, m + slot]
+        products = along[rows] - self.along[rows]  # of y
+        every = torch.arange(len(rows), device=rows.device)
+        # The old products at the new places are those of pairs that are gone.
+        products[every, slot] = (s * y).sum(1, dtype=torch.float64)
+        products[every, m + slot] = (y * y).sum(1, dtype=torch.float64)
+        self.sy[rows, slot, :] = 0
+        self.sy[rows, :, slot] = products[:, :m]
+        self.yy[rows, :, slot] = products[:, m:]
+        self.yy[rows, slot, :] = products[:, m:]
+        self.added[rows] = False
 
 
 @dataclass
@@ -432,8 +444,8 @@ class Minimiser:
         index = torch.as_tensor(rows, device=self.x.device)
         new_x, new_g = candidate[index], gradient[index]
         keeps = torch.as_tensor(~failed[rows], device=self.x.device)
-        s, y = new_x - self.x[index], new_g - self.g[index]
-        self.history.add(index[keeps], s[keeps], y[keeps])
+        s = new_x - self.x[index]
+        self.history.add(index[keeps], s[keeps], new_g[keeps])
         self.x[index], self.g[index] = new_x, new_g
         self.f[rows] = f[rows]
         for row in rows:

@@ -6,4 +6,4 @@ the same run.
 
 from __future__ import annotations
 
-SUITES: tuple[str, ...] = ("single", "trials", "labels", "table1")
+SUITES: tuple[str, ...] = ("single", "trials", "labels", "table1", "networks")
