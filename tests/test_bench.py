@@ -165,11 +165,26 @@ def check_table1(result: dict) -> None:
     assert {"lenet, trained", "resnet20, trained"} == set(result["notes"]["models"])
 
 
+def check_networks(result: dict) -> None:
+    cases = result["summary"]["cases"]
+    assert [(c["model"], c["batch_size"]) for c in cases] == [
+        ("convnet", 1),
+        ("convnet", 4),
+    ]
+    for case in cases:
+        found = [r for r in result["records"] if r["batch_size"] == case["batch_size"]]
+        assert all(len(r["psnr"]) == case["batch_size"] for r in found)
+        gain = case["psnr"]["value"] - case["floor"]["value"]
+        assert case["gain"]["value"] == pytest.approx(gain, abs=1e-3)
+    assert "batch_mean" in result["records"][-1]["floors"]
+
+
 CHECKS: dict[str, Callable[[dict], None]] = {
     "single": check_single,
     "trials": check_trials,
     "labels": check_labels,
     "table1": check_table1,
+    "networks": check_networks,
 }
 
 

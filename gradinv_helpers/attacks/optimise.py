@@ -291,10 +291,8 @@ class History:
         bent = (self.yy @ placed[:, :, None])[:, :, 0] - along[:, m:]
         inner = curvatures * rsg + scale * bent.gather(1, order)
         along_s = torch.linalg.solve_triangular(r.mT, inner[:, :, None], upper=False)
-        weights = torch.cat(
-            [torch.zeros_like(rsg).scatter_(1, order, along_s[:, :, 0]), -scale * placed],
-            dim=1,
-        ).to(gradient.dtype)
+        along_s = torch.zeros_like(rsg).scatter_(1, order, along_s[:, :, 0])
+        weights = torch.cat([along_s, -scale * placed], dim=1).to(gradient.dtype)
         combined = (weights[:, None, :] @ self.pairs)[:, 0]
         return -(scale.to(gradient.dtype) * gradient + combined)
 

@@ -72,10 +72,11 @@ class _Bench:
         order = torch.randperm(len(self.pool), generator=generator)
         truth = self.pool[order[:batch_size]]
         update = local_update(self.model(name, seed), truth)
+        updates = self.setting.numbers["iterations"]
         attack = functools.partial(
             invert,
             update,
-            iterations=max(1, self.setting.numbers["iterations"] // _UPDATES_PER_ITERATION),
+            iterations=max(1, updates // _UPDATES_PER_ITERATION),
             restarts=1,
             seed=seed,
         )
