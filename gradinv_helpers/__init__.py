@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from gradinv_helpers.attacks.analytic import (
         linear_layer_input as linear_layer_input,
     )
+    from gradinv_helpers.attacks.batch_size import BatchSize as BatchSize
     from gradinv_helpers.attacks.batch_size import (
         infer_num_samples as infer_num_samples,
     )
@@ -38,11 +39,22 @@ if TYPE_CHECKING:
     from gradinv_helpers.attacks.invert import invert_clients as invert_clients
     from gradinv_helpers.attacks.jacobian import JacobianRank as JacobianRank
     from gradinv_helpers.attacks.jacobian import jacobian_rank as jacobian_rank
+    from gradinv_helpers.attacks.joint_separation import (
+        separate_jointly as separate_jointly,
+    )
+    from gradinv_helpers.attacks.labels import LABEL_METHODS as LABEL_METHODS
     from gradinv_helpers.attacks.labels import infer_label_counts as infer_label_counts
     from gradinv_helpers.attacks.labels import infer_labels as infer_labels
+    from gradinv_helpers.attacks.map_search import MapEstimate as MapEstimate
+    from gradinv_helpers.attacks.map_search import Stage as Stage
+    from gradinv_helpers.attacks.map_search import map_estimate as map_estimate
     from gradinv_helpers.attacks.reconstruction import Reconstruction as Reconstruction
     from gradinv_helpers.attacks.reconstruction import Step as Step
     from gradinv_helpers.attacks.reconstruction import TrialReport as TrialReport
+    from gradinv_helpers.attacks.replay import local_batches as local_batches
+    from gradinv_helpers.attacks.replay import replay_map as replay_map
+    from gradinv_helpers.attacks.separation import Separation as Separation
+    from gradinv_helpers.attacks.separation import separate_batch as separate_batch
     from gradinv_helpers.checkpoints import load_checkpoint as load_checkpoint
     from gradinv_helpers.checkpoints import save_checkpoint as save_checkpoint
     from gradinv_helpers.classifier import Classifier as Classifier
@@ -55,6 +67,8 @@ if TYPE_CHECKING:
     from gradinv_helpers.defences import GaussianNoise as GaussianNoise
     from gradinv_helpers.defences import defend as defend
     from gradinv_helpers.errors import InputError as InputError
+    from gradinv_helpers.explain import Explanation as Explanation
+    from gradinv_helpers.explain import explain_update as explain_update
     from gradinv_helpers.federated.aggregation import aggregate as aggregate
     from gradinv_helpers.federated.aggregation import apply_update as apply_update
     from gradinv_helpers.federated.aggregation import normalize as normalize
@@ -70,6 +84,12 @@ if TYPE_CHECKING:
     from gradinv_helpers.partition import Client as Client
     from gradinv_helpers.partition import partition as partition
     from gradinv_helpers.perceptual import perceptual_distance as perceptual_distance
+    from gradinv_helpers.priors.gaussian import CovariancePrior as CovariancePrior
+    from gradinv_helpers.priors.gaussian import ImagePrior as ImagePrior
+    from gradinv_helpers.priors.gaussian import SpectrumPrior as SpectrumPrior
+    from gradinv_helpers.priors.gaussian import fit_gaussian as fit_gaussian
+    from gradinv_helpers.priors.gaussian import load_prior as load_prior
+    from gradinv_helpers.priors.gaussian import spectrum_prior as spectrum_prior
     from gradinv_helpers.updates import LocalTraining as LocalTraining
     from gradinv_helpers.updates import SharedUpdate as SharedUpdate
     from gradinv_helpers.updates import local_update as local_update
@@ -87,8 +107,21 @@ _HOMES = {
     "attacks.certificate": ("Certificate", "LayerSolution"),
     "attacks.exact": ("ExactSolution", "invert_exactly"),
     "attacks.jacobian": ("JacobianRank", "jacobian_rank"),
-    "attacks.batch_size": ("infer_num_samples",),
-    "attacks.labels": ("infer_label_counts", "infer_labels"),
+    "attacks.batch_size": ("BatchSize", "infer_num_samples"),
+    "attacks.labels": ("LABEL_METHODS", "infer_label_counts", "infer_labels"),
+    "attacks.separation": ("Separation", "separate_batch"),
+    "attacks.joint_separation": ("separate_jointly",),
+    "attacks.replay": ("local_batches", "replay_map"),
+    "attacks.map_search": ("MapEstimate", "Stage", "map_estimate"),
+    "explain": ("Explanation", "explain_update"),
+    "priors.gaussian": (
+        "CovariancePrior",
+        "ImagePrior",
+        "SpectrumPrior",
+        "fit_gaussian",
+        "load_prior",
+        "spectrum_prior",
+    ),
     "attacks.reconstruction": ("Reconstruction", "Step", "TrialReport"),
     "attacks.invert": ("invert", "invert_clients"),
     "metrics": ("LeakageScore", "score"),

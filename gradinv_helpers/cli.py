@@ -188,7 +188,10 @@ def invert_command(
     ] = None,
     attack: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--attack", help="auto, dlg, idlg, inverting-gradients or exact."),
+        typer.Option(
+            "--attack",
+            help="auto, dlg, idlg, inverting-gradients, gaussian-map or exact.",
+        ),
     ] = None,
     judge: Annotated[
         bool,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from gradinv_helpers.errors import InputError, check_choice
 
@@ -58,6 +60,23 @@ def cpu_threads(work: int) -> Iterator[int]:
         yield wanted
     finally:
         torch.set_num_threads(before)
+
+
+def forward_work(model: nn.Module, image_shape: Sequence[int]) -> int:
+    """Count the multiplications of a forward pass of one image, at least roughly.
+
+    Args:
+        model: Any module that takes (N, C, H, W); it is not changed.
+        image_shape: Shape (C, H, W).
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    like = next(model.parameters())
+    probe = copy.deepcopy(model).eval()
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        probe(like.new_zeros(1, *image_shape))
+    return counter.get_total_flops() // 2
 
 
 @contextmanager

@@ -9,11 +9,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradinv_helpers.attacks.exact import ExactSolution, invert_exactly
+from gradinv_helpers.attacks.map_search import map_estimate
 from gradinv_helpers.attacks.matching import Distance
 from gradinv_helpers.attacks.plan import ATTACKS, make_plan
 from gradinv_helpers.attacks.problem import MatchingProblem
@@ -28,6 +30,7 @@ from gradinv_helpers.errors import (
     check_seed,
 )
 from gradinv_helpers.federated.aggregation import check_same_round
+from gradinv_helpers.priors.gaussian import ImagePrior
 from gradinv_helpers.updates import SharedUpdate
 
 __all__ = [
@@ -47,6 +50,7 @@ def invert(
     update: SharedUpdate,
     *,
     attack: str = "auto",
+    prior: ImagePrior | str = "spectrum",
     iterations: int | None = None,
     restarts: int | None = None,
     labels: Tensor | Sequence[int] | None = None,
@@ -75,9 +79,14 @@ def invert(
             only); ``inverting-gradients`` minimises the cosine distance and a little
             total variation by signed Adam, which suits ReLU networks; ``exact`` solves
             equations where the model allows it, needs no iterations and certifies its
-            answer; ``auto`` takes ``exact`` where its certificate holds and otherwise
-            the search that suits the model. Where the update is noisy, ``auto`` ends
-            with the MAP estimate under a prior on neighbouring pixels.
+            answer; ``gaussian-map`` anneals towards the most probable images under
+            ``prior``, which is what batches and aggregates need; ``auto`` takes
+            ``exact`` where its certificate holds, otherwise ``gaussian-map`` for
+            several samples, and the search that suits the model for one. Where the
+            update of one sample is noisy, ``auto`` ends with the MAP estimate under a
+            prior on neighbouring pixels.
+        prior: What ``gaussian-map`` knows of images: ``spectrum``, or a prior for the
+            update's image shape.
         iterations: Outer steps per restart, of up to 20 updates each, as in the
             published recipe; 200 by default. The attack stops early when done.
         restarts: Independent random starts; 3 by default.
@@ -112,6 +121,7 @@ def invert(
     return invert_clients(
         [update],
         attack=attack,
+        prior=prior,
         iterations=iterations,
         restarts=restarts,
         labels=None if labels is None else [labels],
@@ -130,6 +140,7 @@ def invert_clients(
     updates: Sequence[SharedUpdate],
     *,
     attack: str = "auto",
+    prior: ImagePrior | str = "spectrum",
     iterations: int | None = None,
     restarts: int | None = None,
     labels: Sequence[Tensor | Sequence[int]] | None = None,
@@ -152,6 +163,7 @@ def invert_clients(
     Args:
         updates: Updates of the same model with the same recipe.
         attack: As for ``invert``, and so are the other arguments but ``labels``.
+        prior: What ``gaussian-map`` knows of images.
         iterations: Outer steps per restart.
         restarts: Independent random starts per client.
         labels: One entry per client, if the attacker is given them.
@@ -184,13 +196,16 @@ def invert_clients(
     sizes = [u.group_sizes for u in updates]
     if len(set(sizes)) > 1:
         raise InputError("updates", "equal numbers of samples", f"{sizes}")
+    settled = tv_weight is not None or distance is not None or optimiser is not None
     if attack == "exact" and (distance is not None or optimiser is not None):
         raise InputError(
             "attack", "a search, where a distance or an optimiser is given", "'exact'"
         )
+    if attack == "gaussian-map" and settled:
+        given = "a distance, an optimiser or a weight of the total variation"
+        raise InputError("attack", f"another one, where {given} is set", repr(attack))
     solved: dict[int, Reconstruction] = {}
     guesses: dict[int, ExactSolution] = {}
-    settled = tv_weight is not None or distance is not None or optimiser is not None
     if attack == "exact" or (attack == "auto" and not settled):
         solved, guesses = _by_algebra(updates, labels, seed, must=attack == "exact")
         for k, solution in solved.items():
@@ -198,6 +213,27 @@ def invert_clients(
                 on_step(Step(k, 0, iterations, solution.loss, iterations, True))
         if len(solved) == len(updates):
             return [solved[k] for k in range(len(updates))]
+    open_ones = [k for k in range(len(updates)) if k not in solved]
+    # Equations of full rank that leave a residual speak of noise.
+    spoilt = len(guesses) == len(open_ones) and all(
+        guess.certificate.determined for guess in guesses.values()
+    )
+    several = updates[0].num_samples > 1
+    if attack == "gaussian-map" or (
+        attack == "auto" and several and not settled and not spoilt
+    ):
+        settings = {
+            "prior": prior,
+            "iterations": iterations,
+            "restarts": restarts,
+            "on_step": on_step,
+        }
+        try:
+            solved |= _by_prior(updates, open_ones, labels, seed, **settings)
+            return _in_order(solved, len(updates))
+        except InputError:
+            if attack == "gaussian-map":
+                raise  # else a search that fits the labels, too
     plan = make_plan(
         updates,
         attack,
@@ -205,12 +241,6 @@ def invert_clients(
         distance=distance,
         optimiser=optimiser,
         tv_weight=tv_weight,
-    )
-    open_ones = [k for k in range(len(updates)) if k not in solved]
-    # Equations of full rank that leave a residual speak of noise.
-    noisy = any(update.noise_std for update in updates)
-    spoilt = len(guesses) == len(open_ones) and all(
-        guess.certificate.determined for guess in guesses.values()
     )
     if spoilt:
         why = "the algebra of 'exact' left a residual, as noise does; then "
@@ -222,6 +252,7 @@ def invert_clients(
             labels=[found_labels.get(k, torch.empty(0)) for k in range(len(updates))],
             label_source=guesses[open_ones[0]].label_source,
         )
+    noisy = any(update.noise_std for update in updates)
     on_cpu = next(iter(updates[0].tensors.values())).device.type == "cpu"
     if spoilt:  # a good start needs no rivals; a bad one is replaced
         restarts = 1
@@ -249,8 +280,33 @@ def invert_clients(
         solved |= dict(zip(chosen, search.run(), strict=False))
         if search.interrupted:
             break
+    return _in_order(solved, len(updates))
+
+
+def _by_prior(
+    updates: Sequence[SharedUpdate],
+    chosen: Sequence[int],
+    labels: Sequence[Tensor | Sequence[int]] | None,
+    seed: int,
+    **settings: Any,
+) -> dict[int, Reconstruction]:
+    """The most probable images of every chosen client, up to an interruption."""
+    found: dict[int, Reconstruction] = {}
+    for k in chosen:
+        known = None if labels is None else torch.as_tensor(labels[k])
+        estimate = map_estimate(
+            updates[k], labels=known, seed=seed + k, client=k, **settings
+        )
+        found[k] = estimate.reconstruction
+        if found[k].stopped == "interrupted":
+            break
+    return found
+
+
+def _in_order(solved: dict[int, Reconstruction], count: int) -> list[Reconstruction]:
+    """What is there of the clients in order, up to the first that is missing."""
     found = []
-    for k in range(len(updates)):
+    for k in range(count):
         if k not in solved:
             break
         found.append(solved[k])

@@ -21,6 +21,7 @@ ATTACKS: tuple[str, ...] = (
     "dlg",
     "idlg",
     "inverting-gradients",
+    "gaussian-map",
     "exact",
 )
 OPTIMISERS: tuple[str, ...] = ("l-bfgs", "adam", "signed-adam", "levenberg-marquardt")

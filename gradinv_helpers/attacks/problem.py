@@ -28,6 +28,7 @@ from gradinv_helpers.attacks.matching import (
 )
 from gradinv_helpers.attacks.optimise import TrialState
 from gradinv_helpers.attacks.plan import Plan
+from gradinv_helpers.compute import forward_work
 from gradinv_helpers.errors import InputError
 from gradinv_helpers.priors.smoothness import total_variation
 from gradinv_helpers.updates import SharedUpdate
@@ -145,12 +146,8 @@ class MatchingProblem:
     @property
     def work(self) -> int:
         """Multiplications of one forward pass of one trial, at least roughly."""
-        from torch.utils.flop_counter import FlopCounterMode
-
-        counter = FlopCounterMode(display=False)
-        with counter, torch.no_grad():
-            self._probe()(self.like.new_zeros(1, *self.shape))
-        return counter.get_total_flops() // 2 * self.num_samples
+        first = self.updates[0]
+        return forward_work(first.model, self.shape) * self.num_samples
 
     def start(self, generator: torch.Generator, init_scale: float) -> Tensor:
         """Grey images plus noise; label logits start at random, as in DLG."""

@@ -6,4 +6,13 @@ the same run.
 
 from __future__ import annotations
 
-SUITES: tuple[str, ...] = ("single", "trials", "labels", "table1", "networks")
+SUITES: tuple[str, ...] = (
+    "single",
+    "trials",
+    "labels",
+    "table1",
+    "networks",
+    "batch",
+    "wall",
+    "fedavg",
+)

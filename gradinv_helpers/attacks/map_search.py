@@ -1,0 +1,601 @@
+r"""From an aggregated update to its images: annealed MAP under a prior.
+
+A batch update holds fewer numbers than its images, and the squared error alone has many
+minima. The posterior under a strong prior has few: with a large tempering
+:math:`\tau` it is close to the prior, and all starts end at the same point; its maximum
+is then followed while :math:`\tau` falls by steps of :math:`\sqrt{10}`, each a descent
+by L-BFGS in whitened coordinates. Noise that the protocol states ends the annealing
+where it is the larger part of the variance; noise that it does not state shows in a
+residual that no longer falls with the level, and is then treated likewise.
+
+Two things make this robust. Where the gradient of the last layer can be taken apart,
+the features of every image are further equations, in which images do not mix. Where it
+cannot, several starts are taken, and images of one class, which are what mixes, are
+exchanged between them wherever that lowers the energy.
+
+Behind networks whose slope jumps (ReLU) the squared error is jagged. There the
+likelihood is that of a gradient of unknown length, the cosine, and Adam follows it.
+
+Taught in: notebooks/04_aggregated_gradients.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradinv_helpers.attacks.joint_separation import separate_jointly
+from gradinv_helpers.attacks.labels import infer_labels
+from gradinv_helpers.attacks.optimise import Minimiser, TrialState
+from gradinv_helpers.attacks.plan import has_kinks
+from gradinv_helpers.attacks.posterior import Posterior
+from gradinv_helpers.attacks.reconstruction import Reconstruction, Step, TrialReport
+from gradinv_helpers.attacks.replay import Order, local_batches
+from gradinv_helpers.attacks.separation import Separation, separate_batch
+from gradinv_helpers.compute import cpu_threads
+from gradinv_helpers.errors import InputError, check_count, check_seed
+from gradinv_helpers.priors.gaussian import ImagePrior, load_prior
+from gradinv_helpers.updates import SharedUpdate
+
+# Shares of every layer's norm. The first has one optimum in all cases seen; random
+# starts at the second end at different ones; the last is what float32 lets through.
+_FIRST, _SCOUTING, _LAST = 1e-2, 1e-3, 1e-5
+_FIRST_OF_REPLAY = 1e-1  # without the order of the images, more is off at first
+_STEP = 10**0.5
+_IN_DOUBLE = 5e-5  # below this level, rounding of float32 is in the way
+_FLAT, _FLAT_AT_LAST, _PATIENCE = 1e-3, 2e-4, 2
+_NOISE_SHARE = 0.3  # of the noise, where annealing ends
+# Where a level ends with this share of the residual of the level above, or more, the
+# rest is noise: without noise it falls to a third.
+_STALLED = 0.8
+# Down to this level the order of several local steps is sought; an exchange counts if
+# it leaves this share of the squared residual, or less.
+_REARRANGED = 2e-3
+_MOST_EXCHANGES, _WORTH_IT = 30, 0.9
+_ROUNDING = 1e-4  # a residual below this share of the update may be anything
+_EXCHANGE_ITERATIONS = 4
+_SMALL_START, _WIDE_START = 0.1, 1.0  # standard deviations of the latents
+_COSINE_LEVELS = (1e-2, 1e-3)
+_ADAM_STEP = 0.3
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where the annealing stood at the end of one level.
+
+    Args:
+        level: The tempering, as a share of every layer's norm.
+        images: Images (N, C, H, W) in [0, 1].
+        misfit: Relative distance of their gradient to the update.
+        surprise: Mean square of the latents; 1 for a typical draw from the prior.
+        iterations: Iterations so far, of 20 updates each.
+    """
+
+    level: float
+    images: Tensor
+    misfit: float
+    surprise: float
+    iterations: int
+
+
+@dataclass(frozen=True)
+class MapEstimate:
+    """The most probable images, and the way there.
+
+    Args:
+        reconstruction: As every attack returns it.
+        stages: The annealing, level by level.
+        separated: Whether the last layer's gradient gave the features of every image.
+        noise: Standard deviation of the noise in every entry of the gradient, as
+            stated by the protocol or found in a residual that would not fall; 0 for
+            none.
+
+    Taught in: notebooks/04_aggregated_gradients.
+    """
+
+    reconstruction: Reconstruction
+    stages: tuple[Stage, ...]
+    separated: bool
+    noise: float
+
+
+def map_estimate(
+    update: SharedUpdate,
+    *,
+    prior: ImagePrior | str = "spectrum",
+    labels: Tensor | None = None,
+    iterations: int = 300,
+    restarts: int = 4,
+    seed: int = 0,
+    on_step: Callable[[Step], None] | None = None,
+    client: int = 0,
+    last_level: float = _LAST,
+    order: Order | None = None,
+) -> MapEstimate:
+    r"""Find the most probable images behind an update of n samples.
+
+    Args:
+        update: A gradient, or a weight change after any local training, of one client
+            or of several.
+        prior: What is known of images: ``spectrum``, or any prior for the update's
+            image shape.
+        labels: True labels (N,), if the attacker is given them; inferred otherwise.
+        iterations: Most iterations of the annealing, of 20 updates each.
+        restarts: Starts among which images of one class are exchanged; one is enough
+            where the last layer's gradient can be taken apart.
+        seed: Seed of the starts.
+        on_step: Called after every iteration.
+        client: Index of the update in the caller's list, for ``on_step``.
+        last_level: Share of every layer's norm at which annealing ends; what the
+            protocol states as noise ends it earlier.
+        order: The images of every local step, as for ``replay_map``, if the attacker
+            knows them; labels are then by place. Sought otherwise.
+
+    Returns:
+        The images with the annealing's stages. After Ctrl-C, the best so far.
+
+    Raises:
+        InputError: An argument is out of range, or labels cannot be inferred.
+
+    Taught in: notebooks/04_aggregated_gradients.
+    """
+    check_count("iterations", iterations)
+    check_count("restarts", restarts)
+    check_seed("seed", seed)
+    shape = update.image_shape
+    known = load_prior(prior, shape) if isinstance(prior, str) else prior
+    if tuple(known.image_shape) != tuple(shape):
+        raise InputError("prior", f"images of shape {shape}", known.image_shape)
+    source = "given (upper bound)"
+    features = None
+    if labels is None:
+        labels, source = infer_labels(update), "inferred (counts)"
+    if update.num_samples > 1 and not update.noise_std and order is None:
+        found = _taken_apart(update, labels, source, seed)
+        if found is not None:
+            labels, features = found.labels, found.features
+    search = _Annealing(
+        Posterior(update, known, labels, features, order or "averaged"),
+        iterations,
+        1 if features is not None else restarts,
+        seed,
+        on_step,
+        client,
+        last_level,
+        inferred=not source.startswith("given"),
+    )
+    return search.run(source)
+
+
+def _taken_apart(
+    update: SharedUpdate, labels: Tensor, source: str, seed: int
+) -> Separation | None:
+    """Labels and features of every image, where the last layer's gradient has them."""
+    try:
+        return separate_jointly(update, labels, seed=seed)
+    except InputError:
+        if source.startswith("given"):
+            return None
+    try:  # slower and for fewer images, but it needs no labels
+        return separate_batch(update, seed=seed)
+    except InputError:
+        return None
+
+
+@dataclass(frozen=True)
+class _Arrangement:
+    """Latents (N, d) and labels (N,) of the images, and the images of every step."""
+
+    latents: Tensor
+    labels: Tensor
+    order: Order
+
+
+class _Annealing:
+    """One annealing: scouting, exchange, descent."""
+
+    def __init__(
+        self,
+        posterior: Posterior,
+        iterations: int,
+        restarts: int,
+        seed: int,
+        on_step: Callable[[Step], None] | None,
+        client: int,
+        last_level: float,
+        inferred: bool,
+    ):
+        self.posterior, self.iterations, self.restarts = posterior, iterations, restarts
+        self.seed, self.on_step, self.client = seed, on_step, client
+        self.by_cosine = has_kinks(posterior.model)
+        self.by_replay, self.inferred = posterior.steps > 0, inferred
+        several = (
+            posterior.several_batches or len(posterior.update.group_sizes or ()) > 1
+        )
+        self.order_unknown = (
+            self.by_replay and posterior.order == "averaged" and several
+        )
+        self.levels = _levels(posterior, last_level)
+        self.stages: list[Stage] = []
+        self.losses: list[float] = []
+        self.trials: list[TrialReport] = []
+        self.spent, self.evaluations = 0, 0
+        self.stopped = ""
+        self.best: Tensor | None = None
+
+    def run(self, label_source: str) -> MapEstimate:
+        """Anneal, and report."""
+        begun = time.perf_counter()
+        threads = cpu_threads(self.posterior.work)
+        with threads:
+            try:
+                if self.by_cosine:
+                    self._follow_cosine()
+                else:
+                    self._anneal()
+            except KeyboardInterrupt:
+                if self.best is None:
+                    raise
+                self.stopped = "interrupted"
+        update, posterior = self.posterior.update, self.posterior
+        assert self.best is not None
+        images = posterior.images(self.best).clamp(0, 1).float().cpu()
+        snapshots = [*(stage.images for stage in self.stages), images]
+        places = [*(stage.iterations for stage in self.stages), self.spent]
+        kept = dict(zip(places, snapshots, strict=True))
+        why = "cosine, Adam" if self.by_cosine else "annealed L-BFGS"
+        found = Reconstruction(
+            images=images,
+            labels=posterior.labels.cpu(),
+            losses=tuple(self.losses),
+            iterations=tuple(range(len(self.losses))),
+            snapshots=torch.stack(list(kept.values())),
+            snapshot_iterations=tuple(kept),
+            trials=tuple(self.trials),
+            stopped=self.stopped,
+            seconds=time.perf_counter() - begun,
+            attack="gaussian-map",
+            reason=f"{update.num_samples} images under the prior "
+            f"{posterior.prior.name!r}, {why}",
+            label_source=label_source,
+            seed=self.seed,
+        )
+        separated = posterior.features is not None
+        return MapEstimate(found, tuple(self.stages), separated, posterior.noise)
+
+    # --- smooth networks --------------------------------------------------------
+
+    def _anneal(self) -> None:
+        point, done = self._starts(1, _SMALL_START), 0
+        if self.by_replay and self.inferred and self.restarts > 1:
+            point, done = self._try_labels(point)
+        self._follow(point, self.levels[done:])
+        self.stopped = self.stopped or "the last level is flat"
+
+    def _follow(self, point: Tensor, levels: Sequence[float]) -> tuple[Tensor, float]:
+        """Descend level by level; return the last point and its energy."""
+        scouted = False
+        for level in levels:
+            share = self._share(level)
+            if level < 1.01 * _SCOUTING and not scouted:
+                point, scouted = self._scout(point, level, share), True
+            if level < _IN_DOUBLE and self._can_double(point):
+                self.posterior = self.posterior.double()
+                point = point.double()
+            flat = _FLAT_AT_LAST if level == self.levels[-1] else _FLAT
+            moved, energies = self._descend(point, level, flat, share)
+            if self.order_unknown and level > _REARRANGED:
+                before = self.posterior
+                point = self._rearrange(moved)
+                if self.posterior is not before:
+                    moved, energies = self._descend(point, level, flat, share)
+            if self._meets_noise(moved):
+                moved, energies = self._descend(point, level, flat, share)
+            point = moved
+            self._end_stage(point[0], level)
+            if self._below_noise(level):
+                break
+        energy = float(energies[0])
+        self._report_trial(energy)
+        return point, energy
+
+    def _try_labels(self, start: Tensor) -> tuple[Tensor, int]:
+        """Follow several sets of labels for some levels, and keep the most probable.
+
+        Labels inferred from several local steps may be off by one, and images can
+        hide that: the residual of grey images says which sets are worth a trial.
+        """
+        levels = [level for level in self.levels if level > _REARRANGED]
+        begun, lowest = self.posterior, math.inf
+        kept: dict[str, Any] = {}
+        for labels in self._label_sets(start)[: self.restarts]:
+            self.posterior = begun.rearranged(labels, begun.order)
+            self.stages, self.losses, self.spent = [], [], 0
+            point, energy = self._follow(start, levels)
+            if energy < lowest:
+                lowest, best = energy, point
+                names = ("posterior", "stages", "losses", "spent")
+                kept = {name: getattr(self, name) for name in names}
+        for name, value in kept.items():
+            setattr(self, name, value)
+        return best, len(levels)
+
+    def _label_sets(self, start: Tensor) -> list[Tensor]:
+        """The inferred labels, then those with one changed, the likeliest first."""
+        labels, order = self.posterior.labels, self.posterior.order
+        grey = torch.zeros_like(start)
+        seen = {tuple(labels.sort().values.tolist())}
+        changed: list[tuple[float, int, Tensor]] = []
+        for place, label in itertools.product(
+            range(len(labels)), range(self.posterior.num_classes)
+        ):
+            other = labels.clone()
+            other[place] = label
+            counted = tuple(other.sort().values.tolist())
+            if counted in seen:
+                continue
+            seen.add(counted)
+            trial = self.posterior.rearranged(other, order)
+            changed.append((float(trial.misfit(grey)[0]), len(changed), other))
+        return [labels, *(other for *_, other in sorted(changed, key=lambda c: c[:2]))]
+
+    def _scout(self, point: Tensor, level: float, share: int) -> Tensor:
+        """Take every class from that of several starts in which it lies best."""
+        if self.restarts == 1 or self.by_replay or not self._repeated():
+            return point
+        wide = self._starts(self.restarts - 1, _WIDE_START)
+        found, energies = self._descend(torch.cat([point, wide]), level, _FLAT, share)
+        return self._exchange(found, energies, level)[None]
+
+    def _rearrange(self, point: Tensor) -> Tensor:
+        """Find which images every local step takes.
+
+        Two images are exchanged at a time, as long as the residual falls by a tenth.
+        """
+        posterior = self.posterior
+        order = posterior.order
+        if order == "averaged" and posterior.several_batches:
+            order = _in_sequence(posterior.update)
+        state = _Arrangement(
+            point.view(posterior.num_samples, -1), posterior.labels, order
+        )
+        lowest = self._residual(state)
+        for _ in range(_MOST_EXCHANGES):
+            moves = list(self._moves(state))
+            if not moves:
+                break
+            found = [self._residual(move) for move in moves]
+            if not min(found) < _WORTH_IT * lowest:
+                break
+            lowest = min(found)
+            state = moves[found.index(lowest)]
+        if state.order != posterior.order or not torch.equal(
+            state.labels, posterior.labels
+        ):
+            self.posterior = posterior.rearranged(state.labels, state.order)
+        return state.latents.reshape(1, -1)
+
+    def _residual(self, state: _Arrangement) -> float:
+        trial = self.posterior.rearranged(state.labels, state.order)
+        return float(trial.misfit(state.latents.reshape(1, -1))[0])
+
+    def _moves(self, state: _Arrangement) -> Iterator[_Arrangement]:
+        """Arrangements that differ in one exchange."""
+        update, count = self.posterior.update, self.posterior.num_samples
+        sizes = update.group_sizes or (count,)
+        if not isinstance(state.order, str):
+            for order in _exchanges(state.order, update):
+                yield replace(state, order=order)
+        if len(sizes) > 1:
+            owner = torch.repeat_interleave(
+                torch.arange(len(sizes)), torch.tensor(sizes)
+            )
+            for first, second in itertools.combinations(range(count), 2):
+                if owner[first] != owner[second]:
+                    places = torch.arange(count)
+                    places[first], places[second] = second, first
+                    yield replace(
+                        state,
+                        latents=state.latents[places.to(state.latents.device)],
+                        labels=state.labels[places],
+                    )
+
+    def _meets_noise(self, point: Tensor) -> bool:
+        """Take a residual that no longer falls with the level for noise."""
+        if self.posterior.noise or not self.stages or self.stopped:
+            return False  # known already, or not minimised to the end
+        before = self.stages[-1].misfit
+        misfit = math.sqrt(float(self.posterior.misfit(point)[0]))
+        if misfit < _STALLED * before or misfit < _ROUNDING:
+            return False
+        self.posterior.noise = misfit * self.posterior.entry
+        return True
+
+    def _below_noise(self, level: float) -> bool:
+        """Whether the noise is so much larger that lower levels change nothing."""
+        largest = math.sqrt(max(self.posterior.norms))
+        return level * largest < 2 * _NOISE_SHARE * self.posterior.noise
+
+    def _can_double(self, point: Tensor) -> bool:
+        return point.dtype == torch.float32 and point.device.type != "mps"
+
+    def _share(self, level: float) -> int:
+        """Iterations that this level may take of those left."""
+        left = max(0, self.iterations - self.spent)
+        return max(1, left // sum(other <= level for other in self.levels))
+
+    def _repeated(self) -> list[Tensor]:
+        """Places of the images of every class that has several."""
+        labels = self.posterior.labels
+        places = [(labels == k).nonzero()[:, 0] for k in labels.unique()]
+        return [place for place in places if len(place) > 1]
+
+    def _exchange(self, points: Tensor, energies: Tensor, level: float) -> Tensor:
+        """Take every class from the start in which it lies best."""
+        best = int(energies.argmin())
+        size = self.posterior.prior.size
+        classes = self._repeated()
+        others = [k for k in range(len(points)) if k != best]
+        candidates = [points[best]]
+        for places in classes:
+            for other in others:
+                mixed = points[best].view(-1, size).clone()
+                mixed[places] = points[other].view(-1, size)[places]
+                candidates.append(mixed.flatten())
+        moved, found = self._descend(
+            torch.stack(candidates), level, _FLAT, _EXCHANGE_ITERATIONS
+        )
+        result = moved[0].view(-1, size).clone()
+        for number, places in enumerate(classes):
+            first = 1 + number * len(others)
+            rivals = found[first : first + len(others)]
+            if len(others) and rivals.min() < found[0]:
+                chosen = moved[first + int(rivals.argmin())]
+                result[places] = chosen.view(-1, size)[places]
+        joined = result.flatten()[None]
+        together, energy = self._descend(joined, level, _FLAT, _EXCHANGE_ITERATIONS)
+        singles = torch.cat([together, moved])
+        return singles[int(torch.cat([energy, found]).argmin())]
+
+    def _descend(
+        self, points: Tensor, level: float, flat: float, iterations: int
+    ) -> tuple[Tensor, Tensor]:
+        """Minimise the energy of all points (T, size) at one level."""
+        posterior, single = self.posterior, len(points) == 1
+        spent = self.spent
+
+        def inspect(trial: int, state: TrialState) -> str:
+            if trial == 0:
+                self.spent = spent + len(state.trace) - 1
+            if single:
+                self.best = state.point.clone()
+                self._tell(state.point)
+            if len(state.trace) > iterations:
+                self.stopped = "all iterations used"
+                return "all iterations used"
+            if len(state.trace) > _PATIENCE:
+                gained = state.trace[-1 - _PATIENCE] - state.trace[-1]
+                return "flat" if gained < flat * state.trace[-1] else ""
+            return ""
+
+        self.stopped = ""
+        states = Minimiser(
+            lambda x, trials: posterior.energy(x, level),
+            points,
+            inspect=inspect,
+            replace=lambda trial, state: None,
+        ).run()
+        self.evaluations += sum(state.evaluations for state in states)
+        found = torch.stack([state.point for state in states])
+        losses = torch.tensor([state.loss for state in states], dtype=torch.float64)
+        losses = losses.nan_to_num(nan=math.inf)
+        if not bool(losses.isfinite().any()):
+            raise InputError("update", "a finite energy from one start", "none")
+        self.best = found[int(losses.argmin())]
+        return found, losses
+
+    # --- networks whose slope jumps ----------------------------------------------
+
+    def _follow_cosine(self) -> None:
+        """Adam on the cosine, level and step falling together."""
+        points = self._starts(1, _SMALL_START).requires_grad_()
+        updates = 20 * self.iterations
+        optimiser = torch.optim.Adam([points], lr=_ADAM_STEP)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, updates)
+        first, last = _COSINE_LEVELS
+        for number in range(updates):
+            share = number / max(1, updates - 1)
+            level = first * (last / first) ** share
+            energy, slope = self.posterior.cosine_energy(points.detach(), level)
+            points.grad = slope * level**2
+            optimiser.step()
+            schedule.step()
+            self.evaluations += 1
+            if number % 20 == 19:
+                self.spent = number // 20 + 1
+                self.best = points.detach()[0].clone()
+                self._tell(self.best)
+                if self.spent % max(1, self.iterations // 6) == 0:
+                    self._end_stage(self.best, level)
+        self.best = points.detach()[0].clone()
+        self.stopped = "all iterations used"
+        self._report_trial(float(energy[0]))
+
+    # --- common -----------------------------------------------------------------
+
+    def _starts(self, count: int, scale: float) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed + round(1000 * scale))
+        noise = torch.randn(count, self.posterior.size, generator=generator)
+        return (scale * noise).to(self.posterior.like)
+
+    def _tell(self, point: Tensor) -> None:
+        loss = float(self.posterior.misfit(point[None])[0])
+        self.losses.append(loss)
+        if self.on_step is not None:
+            self.on_step(Step(self.client, 0, self.spent, loss, self.iterations, False))
+
+    def _report_trial(self, energy: float) -> None:
+        self.trials.append(
+            TrialReport(
+                seed=0,
+                loss=energy,
+                iterations=self.spent,
+                evaluations=self.evaluations,
+                stopped=self.stopped,
+                replaced=False,
+            )
+        )
+
+    def _end_stage(self, point: Tensor, level: float) -> None:
+        images = self.posterior.images(point).clamp(0, 1).float().cpu()
+        misfit = math.sqrt(float(self.posterior.misfit(point[None])[0]))
+        surprise = float(point.double().square().mean())
+        self.stages.append(Stage(level, images, misfit, surprise, self.spent))
+
+
+def _in_sequence(update: SharedUpdate) -> Order:
+    """The images of every local step for clients that never shuffle."""
+    clients = [local_batches(n, update.training) for n in update.group_sizes or ()]
+    return clients if len(clients) > 1 else clients[0]
+
+
+def _exchanges(order: Order, update: SharedUpdate) -> Iterator[Order]:
+    """Orders in which two images of one epoch have changed places.
+
+    Exchanges within a batch change nothing.
+    """
+    sizes = update.group_sizes or ()
+    clients: list[Any] = [list(order)] if len(sizes) == 1 else [list(o) for o in order]
+    epochs = update.training.epochs
+    for k, batches in enumerate(clients):
+        steps = len(batches) // epochs
+        for a, b in itertools.combinations(range(len(batches)), 2):
+            if a // steps != b // steps:
+                continue
+            for i, j in itertools.product(
+                range(len(batches[a])), range(len(batches[b]))
+            ):
+                changed = [batch.clone() for batch in batches]
+                changed[a][i], changed[b][j] = batches[b][j], batches[a][i]
+                yield (
+                    changed
+                    if len(sizes) == 1
+                    else [*clients[:k], changed, *clients[k + 1 :]]
+                )
+
+
+def _levels(posterior: Posterior, last: float) -> list[float]:
+    """Falling levels, down to the last or to where the noise is larger."""
+    if posterior.noise:
+        largest = math.sqrt(max(posterior.norms))
+        last = max(last, min(_FIRST, _NOISE_SHARE * posterior.noise / largest))
+    first = _FIRST_OF_REPLAY if posterior.steps else _FIRST
+    count = max(0, round(math.log(first / last) / math.log(_STEP)))
+    return [first / _STEP**k for k in range(count + 1)]

@@ -1,0 +1,299 @@
+r"""The posterior of the images behind an update, as an energy of latents.
+
+An update g of n images, known up to Gaussian errors of variance v, and a prior under
+which the images are a function D of independent standard normal latents u, give
+
+.. math::
+
+    -2 \log p(u \mid g) = \sum_i \frac{(g_i(D(u)) - g_i)^2}{v_i} + \|u\|^2
+    + \mathrm{const}.
+
+The variance is that of the noise that the protocol states, plus a tempering
+:math:`\tau^2 \|g_l\|^2` in layer l: a large :math:`\tau` trusts the prior and has few
+optima, a small one trusts the update to its last digit.
+
+Taught in: notebooks/04_aggregated_gradients.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gradinv_helpers.attacks.gradients import (
+    GradientMap,
+    Gradients,
+    gradient_map,
+    trials_at_once,
+)
+from gradinv_helpers.attacks.matching import (
+    cosine_distance,
+    normalized_groups,
+    squared_norm,
+)
+from gradinv_helpers.attacks.problem import _MOST_BYTES
+from gradinv_helpers.attacks.replay import Order, replay_map
+from gradinv_helpers.compute import forward_work
+from gradinv_helpers.errors import InputError
+from gradinv_helpers.priors.gaussian import ImagePrior
+from gradinv_helpers.updates import SharedUpdate
+
+_SMALLEST = 1e-15  # standard deviation of the entries of a layer of zeros
+
+
+class Posterior:
+    """Energy of the latents of an update's images, for many trials at once.
+
+    Args:
+        update: What the server saw.
+        prior: What is known of images.
+        labels: Label of every image (N,).
+        features: Input of the last layer for every image (N, d), where it is known:
+            another set of equations, in which images do not mix.
+        order: For several local steps, which images each of them takes, as for
+            ``replay_map``; images and labels are then numbered by their place.
+
+    Taught in: notebooks/04_aggregated_gradients.
+    """
+
+    def __init__(
+        self,
+        update: SharedUpdate,
+        prior: ImagePrior,
+        labels: Tensor,
+        features: Tensor | None = None,
+        order: Order = "sequential",
+    ):
+        self.update, self.prior = update, prior
+        self.labels, self.features, self.order = labels, features, order
+        self.model = copy.deepcopy(update.model)
+        self.steps = _steps_to_replay(update)
+        self.targets: Gradients = [tensor[None] for tensor in _stated(update)]
+        # Of a change: what it is divided by to become a gradient.
+        rate = update.training.lr if update.kind == "delta" and not self.steps else 1.0
+        self.noise = update.noise_std / rate
+        self.rounding = _rounding(update, rate)
+        with torch.no_grad():
+            probe = copy.deepcopy(self.model).eval()
+            grey = self.targets[0].new_zeros(2, *update.image_shape)
+            self.num_classes = probe(grey).shape[1]
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self.like = self.targets[0]
+        self.prior = self.prior.to(self.like)
+        self.norms = [float(squared_norm([t])) for t in self.targets]
+        if not any(self.norms):
+            raise InputError("update", "a non-zero update", "all zeros")
+        shape = (self.num_samples, *self.update.image_shape)
+        fitting = trials_at_once(self.model, shape, budget_bytes=_MOST_BYTES)
+        self.together = max(1, fitting // max(1, self.steps))
+        self.map = self._map()
+        self.classes = self._one_hot()
+
+    def _one_hot(self) -> Tensor:
+        labels = self.labels.to(self.like.device)
+        return F.one_hot(labels, self.num_classes).to(self.like)
+
+    def _map(self) -> GradientMap:
+        update = self.update
+        if self.steps:
+            sizes = update.group_sizes or ()
+            return replay_map(
+                self.model,
+                update.training,
+                self.num_samples,
+                order=self.order,
+                group_sizes=sizes if len(sizes) > 1 else None,
+                normalized=update.normalized,
+            )
+        plain = gradient_map(self.model)
+        if update.normalized:
+            return normalized_groups(plain, update.group_sizes or ())
+        return plain
+
+    def rearranged(self, labels: Tensor, order: Order) -> Posterior:
+        """The same posterior with other labels and another order of the images."""
+        other = copy.copy(self)
+        other.labels, other.order = labels, order
+        other.classes = other._one_hot()
+        other.map = other._map()
+        return other
+
+    def double(self) -> Posterior:
+        """The same posterior in double precision."""
+        other = copy.copy(self)
+        other.model = copy.deepcopy(self.update.model).double()
+        other.targets = [target.double() for target in self.targets]
+        other._prepare()
+        return other
+
+    @property
+    def num_samples(self) -> int:
+        """Number of unknown images."""
+        return self.update.num_samples
+
+    @property
+    def several_batches(self) -> bool:
+        """Whether some client's images are spread over several local batches."""
+        batch_size = self.update.training.batch_size
+        largest = max(self.update.group_sizes or ())
+        return self.steps > 1 and batch_size is not None and batch_size < largest
+
+    @property
+    def size(self) -> int:
+        """Latents of all images together."""
+        return self.num_samples * self.prior.size
+
+    @property
+    def entry(self) -> float:
+        """Root mean square of the entries of the update's gradient."""
+        count = sum(target.numel() for target in self.targets)
+        return (sum(self.norms) / count) ** 0.5
+
+    @property
+    def work(self) -> int:
+        """Multiplications of one forward pass, at least roughly."""
+        return forward_work(self.model, self.update.image_shape) * self.num_samples
+
+    def images(self, points: Tensor) -> Tensor:
+        """Images (..., N, C, H, W) of latents (..., size), not yet clamped."""
+        latents = points.unflatten(-1, (self.num_samples, self.prior.size))
+        return self.prior.decode(latents.to(self.like))
+
+    def energy(self, points: Tensor, level: float) -> tuple[Tensor, Tensor]:
+        """Energy (A,) and its derivative (A, size) of points (A, size).
+
+        Args:
+            points: Latents of A trials.
+            level: The tempering, as a share of every layer's norm.
+        """
+        found = [self._energy(some, level) for some in points.split(self.together)]
+        return torch.cat([e for e, _ in found]), torch.cat([d for _, d in found])
+
+    def _energy(self, points: Tensor, level: float) -> tuple[Tensor, Tensor]:
+        latents = points.unflatten(-1, (self.num_samples, self.prior.size))
+        images = self.prior.decode(latents)
+        classes = self.classes.expand(len(points), -1, -1)
+        gradients, pullback = self.map(images, classes)
+        energy = latents.double().square().sum((1, 2))
+        slopes = []
+        for gradient, target, variance in zip(
+            gradients, self.targets, self.variances(level), strict=True
+        ):
+            gap = gradient - target
+            energy = energy + squared_norm([gap]).double() / variance
+            slopes.append(gap * (2 / variance))
+        to_images, _ = pullback(slopes)
+        if self.features is not None:
+            gap_energy, slope = self._feature_gap(images)
+            energy = energy + gap_energy.double() / level**2
+            to_images = to_images + slope / level**2
+        slope = self.prior.pull_back(latents, to_images) + 2 * latents
+        return energy, slope.flatten(1)
+
+    def variances(self, level: float) -> list[float]:
+        """Variance of every entry of each layer: tempering, noise and rounding."""
+        pairs = zip(self.norms, self.rounding, strict=True)
+        return [level**2 * norm + self.noise**2 + r**2 for norm, r in pairs]
+
+    def cosine_energy(self, points: Tensor, level: float) -> tuple[Tensor, Tensor]:
+        """Energy of a gradient of unknown length: 2 (1 - cos) / level² + ||u||²."""
+        latents = points.unflatten(-1, (self.num_samples, self.prior.size))
+        images = self.prior.decode(latents)
+        classes = self.classes.expand(len(points), -1, -1)
+        gradients, pullback = self.map(images, classes)
+        pairs = zip(self.targets, gradients, strict=True)
+        targets = [target.expand_as(gradient) for target, gradient in pairs]
+        distance, slopes = cosine_distance(gradients, targets)
+        to_images, _ = pullback(slopes)
+        distance, to_images = 2 * distance.double(), 2 * to_images
+        if self.features is not None:
+            gap, slope = self._feature_gap(images)
+            distance, to_images = distance + gap.double(), to_images + slope
+        energy = distance / level**2 + latents.double().square().sum((1, 2))
+        slope = self.prior.pull_back(latents, to_images) / level**2 + 2 * latents
+        return energy, slope.flatten(1)
+
+    def _feature_gap(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Relative squared error (A,) of the last layer's inputs, and its slope."""
+        assert self.features is not None
+        known = self.features.to(self.like)
+        scale = known.numel() * known.var()
+        with torch.enable_grad():
+            free = images.detach().requires_grad_()
+            found = last_layer_input(self.model, free.flatten(0, 1))
+            gaps = (found.unflatten(0, images.shape[:2]) - known).square() / scale
+            (slope,) = torch.autograd.grad(gaps.sum(), free)
+        return gaps.detach().sum((1, 2)), slope
+
+    def misfit(self, points: Tensor) -> Tensor:
+        """Relative squared distance (A,) to the update, the prior left aside."""
+        parts = []
+        for some in points.split(self.together):
+            classes = self.classes.expand(len(some), -1, -1)
+            gradients, _ = self.map(self.images(some), classes)
+            gaps = [a - b for a, b in zip(gradients, self.targets, strict=True)]
+            parts.append(squared_norm(gaps) / squared_norm(self.targets))
+        return torch.cat(parts)
+
+
+def last_layer_input(model: nn.Module, images: Tensor) -> Tensor:
+    """What the last linear layer of a model is given for images (N, C, H, W): (N, d).
+
+    Raises:
+        InputError: The model has no linear layer, or does not use it.
+
+    Taught in: notebooks/04_aggregated_gradients.
+    """
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise InputError("model", "a linear layer at the end", "none")
+    caught: list[Tensor] = []
+    hook = linear[-1].register_forward_pre_hook(
+        lambda _, given: caught.append(given[0])
+    )
+    try:
+        model(images)
+    finally:
+        hook.remove()
+    if not caught:
+        raise InputError("model", "a last linear layer that is used", "one that is not")
+    return caught[-1]
+
+
+def _steps_to_replay(update: SharedUpdate) -> int:
+    """Local steps of a client whose change is not a gradient; 0 where it is one."""
+    if update.kind == "gradient":
+        return 0
+    recipe = update.training
+    steps = max(recipe.num_steps(size) for size in update.group_sizes or ())
+    plain = steps == 1 and recipe.optimiser != "adam" and not update.normalized
+    return 0 if plain else steps
+
+
+def _stated(update: SharedUpdate) -> Sequence[Tensor]:
+    """The gradient that the update states, or the change itself."""
+    if _steps_to_replay(update) or (update.normalized and update.kind == "gradient"):
+        return list(update.tensors.values())
+    return list(update.gradient().values())
+
+
+def _rounding(update: SharedUpdate, rate: float) -> list[float]:
+    """Standard deviation of what rounding leaves of every layer's entries.
+
+    A change is the difference of two weights, each rounded on its own.
+    """
+    named = dict(update.model.named_parameters())
+    found = []
+    for name, sent in update.tensors.items():
+        weights = named[name].detach()
+        large = sent if update.kind == "gradient" else weights
+        size = float(large.double().square().mean().sqrt())
+        share = torch.finfo(sent.dtype).eps / 12**0.5
+        found.append(max(share * size / rate, _SMALLEST))
+    return found
