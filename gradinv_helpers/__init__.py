@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from gradinv_helpers.attacks.joint_separation import (
         separate_jointly as separate_jointly,
     )
-    from gradinv_helpers.attacks.labels import LABEL_METHODS as LABEL_METHODS
     from gradinv_helpers.attacks.labels import infer_label_counts as infer_label_counts
     from gradinv_helpers.attacks.labels import infer_labels as infer_labels
     from gradinv_helpers.attacks.map_search import MapEstimate as MapEstimate
@@ -108,7 +107,7 @@ _HOMES = {
     "attacks.exact": ("ExactSolution", "invert_exactly"),
     "attacks.jacobian": ("JacobianRank", "jacobian_rank"),
     "attacks.batch_size": ("BatchSize", "infer_num_samples"),
-    "attacks.labels": ("LABEL_METHODS", "infer_label_counts", "infer_labels"),
+    "attacks.labels": ("infer_label_counts", "infer_labels"),
     "attacks.separation": ("Separation", "separate_batch"),
     "attacks.joint_separation": ("separate_jointly",),
     "attacks.replay": ("local_batches", "replay_map"),

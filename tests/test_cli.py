@@ -517,7 +517,8 @@ search.Step = tell
 signal.signal(signal.SIGINT, signal.default_int_handler)
 main()
 """
-    arguments = "invert --samples-per-client 8 --restarts 2 --no-judge --output-dir out"
+    arguments = "invert --samples-per-client 8 --restarts 2 --attack dlg --no-judge"
+    arguments += " --output-dir out"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *arguments.split()],
         cwd=elsewhere,

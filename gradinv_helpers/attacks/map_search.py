@@ -159,8 +159,11 @@ def map_estimate(
         labels, source = infer_labels(update), "inferred (counts)"
     if update.num_samples > 1 and not update.noise_std and order is None:
         found = _taken_apart(update, labels, source, seed)
-        if found is not None:
+        if found is not None and source.startswith("given"):
+            features = found.features[labels.argsort(stable=True).argsort()]
+        elif found is not None:
             labels, features = found.labels, found.features
+            source = "inferred (last layer taken apart)"
     search = _Annealing(
         Posterior(update, known, labels, features, order or "averaged"),
         iterations,

@@ -1,6 +1,6 @@
 r"""Natural images as a Gaussian: what an attacker knows before seeing an update.
 
-Neighbouring pixels are alike and the three colours go up and down together. The
+Neighbouring points are alike and the three colours go up and down together. The
 simplest law that says so is a Gaussian whose covariance C is diagonal in the discrete
 cosine transform, with a variance that falls with the square of the frequency f, times a
 covariance of the colours. In *whitened* coordinates u,
@@ -29,7 +29,7 @@ from gradinv_helpers.errors import InputError, check_choice, check_count, check_
 PRIORS: tuple[str, ...] = ("spectrum",)
 FORMS: tuple[str, ...] = ("spectrum", "covariance")
 
-# Photographs in [0, 1]: mean and variance of their pixels, and the shares of the
+# Photographs in [0, 1]: mean and variance of their values, and the shares of the
 # variance that lie along grey, red against green, and blue against both.
 _MEAN, _VARIANCE = 0.47, 0.06
 _COLOURS = (2.6, 0.3, 0.1)
@@ -178,8 +178,7 @@ class CovariancePrior:
     def encode(self, images: Tensor) -> Tensor:
         """Whitened coordinates (..., size) of images (..., C, H, W)."""
         flat = (images - self.mean).flatten(-3)
-        root = self.root.double()
-        return torch.linalg.solve(root, flat.double().mT).mT.to(images)
+        return (flat.double() @ torch.linalg.inv(self.root.double())).to(images)
 
     def to(self, like: Tensor) -> CovariancePrior:
         """The same prior with the type and on the device of ``like``."""
@@ -198,7 +197,7 @@ def spectrum_prior(
 
     Args:
         image_shape: Shape (C, H, W).
-        mean: Mean of all pixels, in [0, 1].
+        mean: Mean of all values, in [0, 1].
         variance: Variance of a pixel.
         power: The variance of a DCT coefficient of frequency f is proportional to
             :math:`(1 + |f|^2)^{-power}`; 0 is white noise.
@@ -239,14 +238,14 @@ def fit_gaussian(
         images: Public images (N, C, H, W) in [0, 1], none of which is under attack.
         form: ``spectrum`` fits the mean pixel, a variance for every frequency and the
             covariance of the channels; ``covariance`` fits the covariance of all
-            pixels, which takes many images and a dense matrix.
+            values, which takes many images and a dense matrix.
         ridge: Variance added to every pixel, above 0, so that no image is impossible.
 
     Returns:
         The prior, in double precision on the CPU.
 
     Raises:
-        InputError: Fewer than two images, or too many pixels for a dense covariance.
+        InputError: Fewer than two images, or too many values for a dense covariance.
 
     Taught in: notebooks/04_aggregated_gradients.
     """
@@ -255,26 +254,26 @@ def fit_gaussian(
     if images.dim() != 4 or len(images) < 2:
         expected = "at least 2 images of shape (N, C, H, W)"
         raise InputError("images", expected, tuple(images.shape))
-    pixels = images.double().cpu()
-    channels, height, width = pixels.shape[1:]
+    samples = images.double().cpu()
+    channels, height, width = samples.shape[1:]
     if form == "covariance":
-        if pixels[0].numel() > _MOST_PIXELS:
+        if samples[0].numel() > _MOST_PIXELS:
             raise InputError(
                 "images",
-                f"at most {_MOST_PIXELS} pixels for a dense covariance",
-                pixels[0].numel(),
+                f"at most {_MOST_PIXELS} values for a dense covariance",
+                samples[0].numel(),
                 "use form='spectrum'",
             )
-        flat = pixels.flatten(1)
+        flat = samples.flatten(1)
         covariance = torch.cov(flat.T, correction=0)
         covariance.diagonal().add_(ridge)
         values, vectors = torch.linalg.eigh(covariance)
         root = (vectors * values.clamp_min(ridge).sqrt()) @ vectors.T
-        return CovariancePrior(flat.mean(0).view(pixels.shape[1:]), root)
-    mean = pixels.mean((0, 2, 3))[:, None, None]
-    centred = pixels - mean
+        return CovariancePrior(flat.mean(0).view(samples.shape[1:]), root)
+    mean = samples.mean((0, 2, 3))[:, None, None]
+    centred = samples - mean
     across = torch.einsum("nchw,ndhw->cd", centred, centred)
-    across = across / (len(pixels) * height * width)
+    across = across / (len(samples) * height * width)
     across.diagonal().add_(ridge)
     values, vectors = torch.linalg.eigh(across / across.trace() * channels)
     rows, columns = cosine_transform(height), cosine_transform(width)
@@ -334,5 +333,6 @@ def _colour_root(channels: int, variances: Sequence[float]) -> Tensor:
         raise InputError("colours", "three variances", len(variances))
     axes = torch.tensor([[1, 1, 1], [1, -1, 0], [1, 1, -2]], dtype=torch.float64)
     axes = axes / axes.norm(dim=1, keepdim=True)
-    shares = torch.tensor([check_number("colours", v) for v in variances]).double()
+    checked = [check_number("colours", v, exclusive=True) for v in variances]
+    shares = torch.tensor(checked, dtype=torch.float64)
     return axes * (shares / shares.mean()).sqrt()[:, None]
