@@ -222,14 +222,18 @@ def invert_clients(
     if attack == "gaussian-map" or (
         attack == "auto" and several and not settled and not spoilt
     ):
-        settings = {
-            "prior": prior,
-            "iterations": iterations,
-            "restarts": restarts,
-            "on_step": on_step,
-        }
         try:
-            solved |= _by_prior(updates, open_ones, labels, seed, **settings)
+            solved |= _by_prior(
+                updates,
+                open_ones,
+                labels,
+                seed,
+                checkpoint=checkpoint,
+                prior=prior,
+                iterations=iterations,
+                restarts=restarts,
+                on_step=on_step,
+            )
             return _in_order(solved, len(updates))
         except InputError:
             if attack == "gaussian-map":
@@ -288,6 +292,8 @@ def _by_prior(
     chosen: Sequence[int],
     labels: Sequence[Tensor | Sequence[int]] | None,
     seed: int,
+    *,
+    checkpoint: str | Path | None,
     **settings: Any,
 ) -> dict[int, Reconstruction]:
     """The most probable images of every chosen client, up to an interruption."""
@@ -295,7 +301,12 @@ def _by_prior(
     for k in chosen:
         known = None if labels is None else torch.as_tensor(labels[k])
         estimate = map_estimate(
-            updates[k], labels=known, seed=seed + k, client=k, **settings
+            updates[k],
+            labels=known,
+            seed=seed + k,
+            client=k,
+            checkpoint=_numbered(checkpoint, k),
+            **settings,
         )
         found[k] = estimate.reconstruction
         if found[k].stopped == "interrupted":

@@ -26,6 +26,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from gradinv_helpers.attacks.plan import has_kinks
 from gradinv_helpers.attacks.posterior import Posterior
 from gradinv_helpers.attacks.reconstruction import Reconstruction, Step, TrialReport
 from gradinv_helpers.attacks.replay import Order, local_batches
+from gradinv_helpers.attacks.saved_stages import SavedStages, fingerprint
 from gradinv_helpers.attacks.separation import Separation, separate_batch
 from gradinv_helpers.compute import cpu_threads
 from gradinv_helpers.errors import InputError, check_count, check_seed
@@ -118,6 +120,7 @@ def map_estimate(
     client: int = 0,
     last_level: float = _LAST,
     order: Order | None = None,
+    checkpoint: str | Path | None = None,
 ) -> MapEstimate:
     r"""Find the most probable images behind an update of n samples.
 
@@ -137,6 +140,9 @@ def map_estimate(
             protocol states as noise ends it earlier.
         order: The images of every local step, as for ``replay_map``, if the attacker
             knows them; labels are then by place. Sought otherwise.
+        checkpoint: A ``.safetensors`` file that keeps the annealing. The same call
+            goes on from its last level after an interruption, with more iterations
+            if wanted; it is removed at the end.
 
     Returns:
         The images with the annealing's stages. After Ctrl-C, the best so far.
@@ -173,6 +179,7 @@ def map_estimate(
         client,
         last_level,
         inferred=not source.startswith("given"),
+        checkpoint=None if checkpoint is None else Path(checkpoint),
     )
     return search.run(source)
 
@@ -214,6 +221,7 @@ class _Annealing:
         client: int,
         last_level: float,
         inferred: bool,
+        checkpoint: Path | None,
     ):
         self.posterior, self.iterations, self.restarts = posterior, iterations, restarts
         self.seed, self.on_step, self.client = seed, on_step, client
@@ -232,6 +240,7 @@ class _Annealing:
         self.spent, self.evaluations = 0, 0
         self.stopped = ""
         self.best: Tensor | None = None
+        self.saved = checkpoint and SavedStages(checkpoint, self._fingerprint())
 
     def run(self, label_source: str) -> MapEstimate:
         """Anneal, and report."""
@@ -247,6 +256,12 @@ class _Annealing:
                 if self.best is None:
                     raise
                 self.stopped = "interrupted"
+        if self.saved and self.stopped != "interrupted":
+            self.saved.remove()
+        if self.on_step is not None and self.stopped != "interrupted":
+            last = self.losses[-1]
+            told = (self.client, 0, self.spent, last, self.iterations, True)
+            self.on_step(Step(*told))
         update, posterior = self.posterior.update, self.posterior
         assert self.best is not None
         images = posterior.images(self.best).clamp(0, 1).float().cpu()
@@ -277,14 +292,20 @@ class _Annealing:
 
     def _anneal(self) -> None:
         point, done = self._starts(1, _SMALL_START), 0
-        if self.by_replay and self.inferred and self.restarts > 1:
+        kept = self._take_up()
+        if kept is not None:
+            point, done = kept
+        elif self.by_replay and self.inferred and self.restarts > 1:
             point, done = self._try_labels(point)
-        self._follow(point, self.levels[done:])
+        if done < len(self.levels):
+            self._follow(point, self.levels[done:], keep=True)
         self.stopped = self.stopped or "the last level is flat"
 
-    def _follow(self, point: Tensor, levels: Sequence[float]) -> tuple[Tensor, float]:
+    def _follow(
+        self, point: Tensor, levels: Sequence[float], *, keep: bool = False
+    ) -> tuple[Tensor, float]:
         """Descend level by level; return the last point and its energy."""
-        scouted = False
+        scouted = any(stage.level < 1.01 * _SCOUTING for stage in self.stages)
         for level in levels:
             share = self._share(level)
             if level < 1.01 * _SCOUTING and not scouted:
@@ -303,6 +324,8 @@ class _Annealing:
                 moved, energies = self._descend(point, level, flat, share)
             point = moved
             self._end_stage(point[0], level)
+            if keep and self.stopped != "all iterations used":
+                self._keep(point, 1 + self.levels.index(level))
             if self._below_noise(level):
                 break
         energy = float(energies[0])
@@ -504,6 +527,56 @@ class _Annealing:
         self.best = found[int(losses.argmin())]
         return found, losses
 
+    # --- the file ---------------------------------------------------------------
+
+    def _fingerprint(self) -> str:
+        posterior = self.posterior
+        facts = [self.seed, self.restarts, self.levels, self.inferred]
+        facts += [posterior.order, posterior.labels.tolist(), posterior.noise]
+        facts += [posterior.prior.name, posterior.update.training]
+        return fingerprint(facts, posterior.targets)
+
+    def _keep(self, point: Tensor, done: int) -> None:
+        """Write where the annealing stands, with ``done`` levels behind it."""
+        if not self.saved:
+            return
+        posterior, order = self.posterior, self.posterior.order
+        tensors = {"point": point, "labels": posterior.labels}
+        for number, stage in enumerate(self.stages):
+            tensors[f"stage.{number}"] = stage.images
+        numbers = [(s.level, s.misfit, s.surprise, s.iterations) for s in self.stages]
+        facts = {
+            "done": done,
+            "stages": numbers,
+            "losses": self.losses,
+            "spent": self.spent,
+            "evaluations": self.evaluations,
+            "noise": posterior.noise,
+            "order": order if isinstance(order, str) else _as_lists(order),
+        }
+        self.saved.save(tensors, facts)
+
+    def _take_up(self) -> tuple[Tensor, int] | None:
+        """What an earlier call has kept: its point, and the levels behind it."""
+        kept = self.saved and self.saved.load()
+        if not kept:
+            return None
+        tensors, facts = kept
+        for number, (level, misfit, surprise, iterations) in enumerate(facts["stages"]):
+            images = tensors[f"stage.{number}"]
+            self.stages.append(Stage(level, images, misfit, surprise, iterations))
+        self.losses = facts["losses"]
+        self.spent, self.evaluations = facts["spent"], facts["evaluations"]
+        told = facts["order"]
+        order: Order = told if isinstance(told, str) else _as_tensors(told)  # type: ignore[assignment]
+        self.posterior = self.posterior.rearranged(tensors["labels"], order)
+        self.posterior.noise = facts["noise"]
+        point = tensors["point"].to(self.posterior.like.device)
+        self.best = point[0]
+        if point.dtype == torch.float64 and self.posterior.like.dtype != point.dtype:
+            self.posterior = self.posterior.double()
+        return point, facts["done"]
+
     # --- networks whose slope jumps ----------------------------------------------
 
     def _follow_cosine(self) -> None:
@@ -592,6 +665,19 @@ def _exchanges(order: Order, update: SharedUpdate) -> Iterator[Order]:
                     if len(sizes) == 1
                     else [*clients[:k], changed, *clients[k + 1 :]]
                 )
+
+
+def _as_lists(order: Any) -> Any:
+    return (
+        order.tolist() if isinstance(order, Tensor) else [_as_lists(o) for o in order]
+    )
+
+
+def _as_tensors(order: Any) -> Any:
+    """Batches as they were before ``_as_lists``: the innermost lists are tensors."""
+    if order and isinstance(order[0], int):
+        return torch.tensor(order)
+    return [_as_tensors(part) for part in order]
 
 
 def _levels(posterior: Posterior, last: float) -> list[float]:
