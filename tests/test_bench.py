@@ -15,7 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradinv_helpers import cli
-from gradinv_helpers.bench import SUITES, runner, single, suite, table1, trained, trials
+from gradinv_helpers.bench import (
+    SUITES,
+    batch,
+    fedavg,
+    runner,
+    single,
+    suite,
+    table1,
+    trained,
+    trials,
+    wall,
+)
 from gradinv_helpers.bench import labels as label_suite
 from gradinv_helpers.bench.runner import BenchOptions, run_bench
 from gradinv_helpers.bench.suite import Report, Setting, Suite, Task
@@ -179,12 +190,67 @@ def check_networks(result: dict) -> None:
     assert "batch_mean" in result["records"][-1]["floors"]
 
 
+def check_batch(result: dict) -> None:
+    cases = result["summary"]["cases"]
+    methods = (batch.OURS, *batch.OTHERS.values())
+    assert [(c["batch_size"], c["method"]) for c in cases] == [
+        (size, method) for size in (2, 3) for method in methods
+    ]
+    for case in cases:
+        assert case["batches"] == 1
+        assert case["labels_right"] == case["batch_size"]
+        assert 0 <= case["identified_share"] <= 1
+        assert case["target"] == batch.TARGETS[case["batch_size"]]
+        assert case["median_psnr_95"] == [None, None]  # one batch has no spread
+        if case["method"] == batch.OURS:  # three iterations are worth something
+            assert case["median_psnr"] > case["floor"] + 3
+    for record in result["records"]:
+        assert len(record["psnr"]) == record["batch_size"]
+        assert set(record["floors"]) == {"constant", "random_image", "batch_mean"}
+        assert record["candidates"] > 100
+        assert ("misfit" in record) == (record["method"] == batch.OURS)
+
+
+def check_wall(result: dict) -> None:
+    summary = result["summary"]
+    assert {case["architecture"] for case in summary["cases"]} == set(
+        wall._QUICK_ARCHITECTURES
+    )
+    for case in summary["cases"]:
+        assert 0 < case["rank"] <= case["unknowns"]
+        share = case["rank"] / case["unknowns"]
+        assert case["rank_per_unknown"] == pytest.approx(share, abs=1e-5)
+        if wall.ARCHITECTURES[case["architecture"]].smooth:
+            assert case["counted"] == pytest.approx(case["rank"], rel=0.1)
+    for case in summary["rounding"]:
+        assert 0 < case["determined"] <= case["rank"] <= case["unknowns"]
+    assert summary["large_images"] == []
+
+
+def check_fedavg(result: dict) -> None:
+    cases = result["summary"]["cases"]
+    assert [case["order"] for case in cases] == [fedavg.KNOWN, fedavg.UNKNOWN]
+    for case, wanted in zip(cases, fedavg.QUICK_CASES, strict=True):
+        assert {name: case[name] for name in wanted.facts} == wanted.facts
+        assert case["labels"] == wanted.images
+        gain = case["psnr"]["value"] - case["floor"]["value"]
+        assert case["gain"]["value"] == pytest.approx(gain, abs=1e-3)
+        assert 0 < case["misfit"]["median"] < 1
+    assert cases[0]["labels_right"] == 2  # they are given
+    for record in result["records"]:
+        assert len(record["psnr"]) == record["images"]
+        assert set(record["floors"]) == {"constant", "random_image", "batch_mean"}
+
+
 CHECKS: dict[str, Callable[[dict], None]] = {
     "single": check_single,
     "trials": check_trials,
     "labels": check_labels,
     "table1": check_table1,
     "networks": check_networks,
+    "batch": check_batch,
+    "wall": check_wall,
+    "fedavg": check_fedavg,
 }
 
 

@@ -61,7 +61,8 @@ _STALLED = 0.8
 # it leaves this share of the squared residual, or less.
 _REARRANGED = 2e-3
 _MOST_EXCHANGES, _WORTH_IT = 30, 0.9
-_ROUNDING = 1e-4  # a residual below this share of the update may be anything
+# Smaller residuals may be rounding, and larger ones a search that fails.
+_ROUNDING, _MOST_NOISE = 1e-4, 0.1
 _EXCHANGE_ITERATIONS = 4
 _SMALL_START, _WIDE_START = 0.1, 1.0  # standard deviations of the latents
 _COSINE_LEVELS = (1e-2, 1e-3)
@@ -227,6 +228,10 @@ class _Annealing:
         self.seed, self.on_step, self.client = seed, on_step, client
         self.by_cosine = has_kinks(posterior.model)
         self.by_replay, self.inferred = posterior.steps > 0, inferred
+        by_adam = posterior.update.training.optimiser == "adam"
+        if self.by_replay and by_adam and self._can_double(posterior.like):
+            # Its first step is nearly a sign, with a slope that float32 loses.
+            self.posterior = posterior.double()
         several = (
             posterior.several_batches or len(posterior.update.group_sizes or ()) > 1
         )
@@ -439,7 +444,7 @@ class _Annealing:
             return False  # known already, or not minimised to the end
         before = self.stages[-1].misfit
         misfit = math.sqrt(float(self.posterior.misfit(point)[0]))
-        if misfit < _STALLED * before or misfit < _ROUNDING:
+        if misfit < _STALLED * before or not _ROUNDING < misfit < _MOST_NOISE:
             return False
         self.posterior.noise = misfit * self.posterior.entry
         return True
@@ -449,8 +454,8 @@ class _Annealing:
         largest = math.sqrt(max(self.posterior.norms))
         return level * largest < 2 * _NOISE_SHARE * self.posterior.noise
 
-    def _can_double(self, point: Tensor) -> bool:
-        return point.dtype == torch.float32 and point.device.type != "mps"
+    def _can_double(self, like: Tensor) -> bool:
+        return like.dtype == torch.float32 and like.device.type != "mps"
 
     def _share(self, level: float) -> int:
         """Iterations that this level may take of those left."""
@@ -643,28 +648,31 @@ def _in_sequence(update: SharedUpdate) -> Order:
 
 
 def _exchanges(order: Order, update: SharedUpdate) -> Iterator[Order]:
-    """Orders in which two images of one epoch have changed places.
+    """Orders in which two images, or two whole batches, of an epoch change places.
 
     Exchanges within a batch change nothing.
     """
     sizes = update.group_sizes or ()
     clients: list[Any] = [list(order)] if len(sizes) == 1 else [list(o) for o in order]
-    epochs = update.training.epochs
     for k, batches in enumerate(clients):
-        steps = len(batches) // epochs
-        for a, b in itertools.combinations(range(len(batches)), 2):
-            if a // steps != b // steps:
-                continue
-            for i, j in itertools.product(
-                range(len(batches[a])), range(len(batches[b]))
-            ):
-                changed = [batch.clone() for batch in batches]
-                changed[a][i], changed[b][j] = batches[b][j], batches[a][i]
-                yield (
-                    changed
-                    if len(sizes) == 1
-                    else [*clients[:k], changed, *clients[k + 1 :]]
-                )
+        for changed in _exchanges_of_client(batches, update.training.epochs):
+            alone = len(sizes) == 1
+            yield changed if alone else [*clients[:k], changed, *clients[k + 1 :]]
+
+
+def _exchanges_of_client(batches: list[Tensor], epochs: int) -> Iterator[list[Tensor]]:
+    steps = len(batches) // epochs
+    for a, b in itertools.combinations(range(len(batches)), 2):
+        if a // steps != b // steps:
+            continue
+        if len(batches[a]) == len(batches[b]) > 1:
+            swapped = list(batches)
+            swapped[a], swapped[b] = batches[b], batches[a]
+            yield swapped
+        for i, j in itertools.product(range(len(batches[a])), range(len(batches[b]))):
+            changed = [batch.clone() for batch in batches]
+            changed[a][i], changed[b][j] = batches[b][j], batches[a][i]
+            yield changed
 
 
 def _as_lists(order: Any) -> Any:
