@@ -407,9 +407,9 @@ class _Annealing:
                 break
             lowest = min(found)
             state = moves[found.index(lowest)]
-        if state.order != posterior.order or not torch.equal(
-            state.labels, posterior.labels
-        ):
+        if _as_lists(state.order) != _as_lists(posterior.order):
+            self.posterior = posterior.rearranged(state.labels, state.order)
+        elif not torch.equal(state.labels, posterior.labels):
             self.posterior = posterior.rearranged(state.labels, state.order)
         return state.latents.reshape(1, -1)
 
@@ -557,7 +557,7 @@ class _Annealing:
             "spent": self.spent,
             "evaluations": self.evaluations,
             "noise": posterior.noise,
-            "order": order if isinstance(order, str) else _as_lists(order),
+            "order": _as_lists(order),
         }
         self.saved.save(tensors, facts)
 
@@ -676,9 +676,10 @@ def _exchanges_of_client(batches: list[Tensor], epochs: int) -> Iterator[list[Te
 
 
 def _as_lists(order: Any) -> Any:
-    return (
-        order.tolist() if isinstance(order, Tensor) else [_as_lists(o) for o in order]
-    )
+    """An order without tensors, for JSON and for comparing."""
+    if isinstance(order, str):
+        return order
+    return order.tolist() if isinstance(order, Tensor) else [*map(_as_lists, order)]
 
 
 def _as_tensors(order: Any) -> Any:
