@@ -332,9 +332,9 @@ def test_an_update_of_zeros() -> None:
 
 def test_an_order_that_was_found_can_change_again() -> None:
     """Orders of batches of several images are compared as a whole."""
-    images = gi.load_images("photos", split="test", image_size=16)[[0, 1, 2, 3]]
-    model = gi.build_model("lenet", in_channels=3, image_size=16, num_classes=10)
-    recipe = gi.LocalTraining(sends="delta", epochs=3, batch_size=2, lr=0.01)
-    update = gi.local_update(model, images, recipe, seed=3)
-    found = gi.map_estimate(update, iterations=8, restarts=1, last_level=5e-3)
+    images = load_images("photos", split="test", image_size=16)[[0, 1, 2, 3]]
+    model = build_model("lenet", in_channels=3, image_size=16, num_classes=10)
+    recipe = LocalTraining(sends="delta", epochs=3, batch_size=2, lr=0.01)
+    update = local_update(model, images, recipe, seed=3)
+    found = map_estimate(update, iterations=8, restarts=1, last_level=5e-3)
     assert len(found.stages) >= 3
