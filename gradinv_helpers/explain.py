@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import textwrap
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -49,6 +50,9 @@ _NORMAL_WORK, _PRODUCT_WORK = 1e12, 1.2e11
 _STEPS, _PROBES = 20, 2
 # A product with the Jacobian or its transpose costs as much as this many forwards.
 _PRODUCT = 6
+
+
+_TEXT_WIDTH = 60  # of a printed row, without its label
 
 
 @dataclass(frozen=True)
@@ -485,8 +489,14 @@ def _lines(told: Explanation) -> list[str]:
         rows.append((outlook.attack, f"{word}: {outlook.reason}"))
     rows.append(("verdict", told.verdict))
     width = max(len(name) for name, _ in rows)
-    lines = [f"{name:<{width}}  {text}" for name, text in rows]
-    return [*lines, f"{'time':<{width}}  {told.seconds:.1f} s"]
+    rows.append(("time", f"{told.seconds:.1f} s"))
+    lines = []
+    for name, text in rows:
+        parts = textwrap.wrap(text, _TEXT_WIDTH, break_on_hyphens=False)
+        labels = [name, *[""] * (len(parts) - 1)]
+        pairs = zip(labels, parts, strict=True)
+        lines += [f"{label:<{width}}  {part}" for label, part in pairs]
+    return lines
 
 
 def _rank_text(told: Explanation) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -45,7 +47,11 @@ def outlook(told: Explanation) -> dict[str, bool]:
 
 
 def text_of(told: Explanation, row: str) -> str:
-    return next(line for line in str(told).splitlines() if line.startswith(row))
+    """A row of the text, whose further lines are indented."""
+    lines = str(told).splitlines()
+    first = next(k for k, line in enumerate(lines) if line.startswith(row))
+    more = itertools.takewhile(lambda line: line.startswith(" "), lines[first + 1 :])
+    return " ".join(line.strip() for line in (lines[first], *more))
 
 
 def test_one_image_behind_a_chain_is_given_away() -> None:
