@@ -19,6 +19,7 @@ import torch
 from gradinv_helpers.attacks.invert import invert
 from gradinv_helpers.attacks.map_search import map_estimate
 from gradinv_helpers.attacks.reconstruction import Reconstruction
+from gradinv_helpers.bench.figures import panels
 from gradinv_helpers.bench.suite import (
     Record,
     Report,
@@ -36,7 +37,6 @@ from gradinv_helpers.data import Images
 from gradinv_helpers.intervals import bootstrap_interval
 from gradinv_helpers.metrics import score
 from gradinv_helpers.models import build_model
-from gradinv_helpers.plots import strip
 from gradinv_helpers.updates import SharedUpdate, local_update
 
 BATCH_SIZES: tuple[int, ...] = (2, 3, 4, 8, 16)
@@ -181,21 +181,19 @@ _HEAD = [
 
 
 def _report(records: Sequence[Record], setting: Setting) -> Report:
-    rows, cases, groups, floors = [], [], {}, {}
+    rows, cases = [], []
     for size in distinct(records, "batch_size"):
         for method in distinct(chosen(records, batch_size=size), "method"):
             found = chosen(records, batch_size=size, method=method)
             row, case = _case(found)
             rows.append([f"{size}", method, *row])
             cases.append({"batch_size": size, "method": method, **case})
-            name = f"B = {size}\n{method}".replace(", ", ",\n")
-            groups[name] = [statistics.fmean(r["psnr"]) for r in found]
-            floors[name] = case["floor"]
-    figure = strip(
-        groups,
-        ylabel="mean PSNR of a batch (dB)",
-        floor=floors,
-        floor_label="best floor",
+    figure = panels(
+        {"one gradient of LeNet": _lines(cases)},
+        xlabel="images in the batch",
+        ylabels=["median PSNR (dB)"],
+        columns=1,
+        floor="floor",
     )
     note = (
         "PSNR of a batch: mean over its images; the median over batches with its "
@@ -206,6 +204,18 @@ def _report(records: Sequence[Record], setting: Setting) -> Report:
         "about as much time as ours took on the same batch."
     )
     return Report({"cases": cases}, f"{markdown(_HEAD, rows)}\n\n{note}", figure)
+
+
+def _lines(cases: Sequence[Record]) -> dict[str, tuple[list[float], list[float]]]:
+    """Median PSNR against batch size of every attack, and the floor of ours."""
+    lines = {}
+    for method in distinct(cases, "method"):
+        own = chosen(cases, method=method)
+        sizes = [float(case["batch_size"]) for case in own]
+        lines[method] = (sizes, [case["median_psnr"] for case in own])
+    ours = chosen(cases, method=OURS)
+    floors = [case["floor"] for case in ours]
+    return {**lines, "floor": (lines[OURS][0], floors)}
 
 
 def _case(found: Sequence[Record]) -> tuple[list[str], Record]:
