@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -572,8 +572,7 @@ class _Annealing:
             self.stages.append(Stage(level, images, misfit, surprise, iterations))
         self.losses = facts["losses"]
         self.spent, self.evaluations = facts["spent"], facts["evaluations"]
-        told = facts["order"]
-        order: Order = told if isinstance(told, str) else _as_tensors(told)  # type: ignore[assignment]
+        order = cast("Order", _as_tensors(facts["order"]))
         self.posterior = self.posterior.rearranged(tensors["labels"], order)
         self.posterior.noise = facts["noise"]
         point = tensors["point"].to(self.posterior.like.device)
@@ -684,6 +683,8 @@ def _as_lists(order: Any) -> Any:
 
 def _as_tensors(order: Any) -> Any:
     """Batches as they were before ``_as_lists``: the innermost lists are tensors."""
+    if isinstance(order, str):
+        return order
     if order and isinstance(order[0], int):
         return torch.tensor(order)
     return [_as_tensors(part) for part in order]
