@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from gradinv_helpers.attacks.last_layer import (
     LastLayer,
     groups_of,
+    last_layer_input,
     mean_gradient,
     read_last_layer,
 )
@@ -159,17 +160,14 @@ def feature_starts(
         raise InputError(
             "model", "a last layer of type torch.nn.Linear", type(model).__name__
         )
-    seen: list[Tensor] = []
-    linear[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     prior = spectrum_prior(image_shape)
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(num_samples * count, prior.size, generator=generator)
     first = next(model.parameters())
     images = prior.decode(latents.double()).to(first)
     with private_randomness(seed, images.device), torch.no_grad():
-        for part in images.split(256):
-            model(part)
-    features = torch.cat(seen).cpu().double()
+        found = [last_layer_input(model, part) for part in images.split(256)]
+    features = torch.cat(found).cpu().double()
     if features.shape != (len(images), linear[-1].in_features):
         raise InputError(
             "model",

@@ -234,3 +234,27 @@ def parameter_name(layer: str, parameter: str) -> str:
 
 def _float64(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().double()
+
+
+def last_layer_input(model: nn.Module, images: Tensor) -> Tensor:
+    """What the last linear layer of a model is given for images (N, C, H, W): (N, d).
+
+    Raises:
+        InputError: The model has no linear layer, or does not use it.
+
+    Taught in: notebooks/04_aggregated_gradients.
+    """
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise InputError("model", "a linear layer at the end", "none")
+    caught: list[Tensor] = []
+    hook = linear[-1].register_forward_pre_hook(
+        lambda _, given: caught.append(given[0])
+    )
+    try:
+        model(images)
+    finally:
+        hook.remove()
+    if not caught:
+        raise InputError("model", "a last linear layer that is used", "one that is not")
+    return caught[-1]

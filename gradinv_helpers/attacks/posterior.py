@@ -21,7 +21,7 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from gradinv_helpers.attacks.gradients import (
@@ -30,6 +30,7 @@ from gradinv_helpers.attacks.gradients import (
     gradient_map,
     trials_at_once,
 )
+from gradinv_helpers.attacks.last_layer import last_layer_input
 from gradinv_helpers.attacks.matching import (
     cosine_distance,
     normalized_groups,
@@ -240,30 +241,6 @@ class Posterior:
             gaps = [a - b for a, b in zip(gradients, self.targets, strict=True)]
             parts.append(squared_norm(gaps) / squared_norm(self.targets))
         return torch.cat(parts)
-
-
-def last_layer_input(model: nn.Module, images: Tensor) -> Tensor:
-    """What the last linear layer of a model is given for images (N, C, H, W): (N, d).
-
-    Raises:
-        InputError: The model has no linear layer, or does not use it.
-
-    Taught in: notebooks/04_aggregated_gradients.
-    """
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        raise InputError("model", "a linear layer at the end", "none")
-    caught: list[Tensor] = []
-    hook = linear[-1].register_forward_pre_hook(
-        lambda _, given: caught.append(given[0])
-    )
-    try:
-        model(images)
-    finally:
-        hook.remove()
-    if not caught:
-        raise InputError("model", "a last linear layer that is used", "one that is not")
-    return caught[-1]
 
 
 def _steps_to_replay(update: SharedUpdate) -> int:
