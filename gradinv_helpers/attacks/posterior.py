@@ -86,7 +86,7 @@ class Posterior:
 
     def _prepare(self) -> None:
         self.like = self.targets[0]
-        self.prior = self.prior.to(self.like)
+        self.prior = self.prior.to(self.like).given(self.labels)
         self.norms = [float(squared_norm([t])) for t in self.targets]
         if not any(self.norms):
             raise InputError("update", "a non-zero update", "all zeros")
@@ -121,6 +121,7 @@ class Posterior:
         """The same posterior with other labels and another order of the images."""
         other = copy.copy(self)
         other.labels, other.order = labels, order
+        other.prior = self.prior.given(labels)
         other.classes = other._one_hot()
         other.map = other._map()
         return other

@@ -65,6 +65,9 @@ class ImagePrior(Protocol):
     def encode(self, images: Tensor) -> Tensor:
         """Latents (..., size) whose images come close to ``images``."""
 
+    def given(self, labels: Tensor) -> ImagePrior:
+        """The same prior for images of these classes (N,), in this order."""
+
     def to(self, like: Tensor) -> ImagePrior:
         """The same prior with the type and on the device of ``like``."""
 
@@ -124,6 +127,10 @@ class SpectrumPrior:
         bands = torch.einsum("ck,...chw->...khw", unmix, centred)
         return (rows @ bands @ columns.T / self.deviations).flatten(-3)
 
+    def given(self, labels: Tensor) -> SpectrumPrior:
+        """The same prior: it knows no classes."""
+        return self
+
     def to(self, like: Tensor) -> SpectrumPrior:
         """The same prior with the type and on the device of ``like``."""
         return SpectrumPrior(
@@ -179,6 +186,10 @@ class CovariancePrior:
         """Whitened coordinates (..., size) of images (..., C, H, W)."""
         flat = (images - self.mean).flatten(-3)
         return (flat.double() @ torch.linalg.inv(self.root.double())).to(images)
+
+    def given(self, labels: Tensor) -> CovariancePrior:
+        """The same prior: it knows no classes."""
+        return self
 
     def to(self, like: Tensor) -> CovariancePrior:
         """The same prior with the type and on the device of ``like``."""
