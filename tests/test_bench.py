@@ -141,6 +141,7 @@ def check_trials(result: dict) -> None:
         spent = case["evaluations_per_trial"]
         assert spent[trials.LOOP] == pytest.approx(spent[trials.OURS], rel=0.3)
         assert case["attack_ratio"]["value"] > 0
+        assert case["attack_ratio_all_cores"]["value"] > 0
     assert cases[1]["memory_grown_mib"] == {trials.LOOP: 1.0, trials.OURS: 1.0}
     assert cases[0]["memory_grown_mib"] == {trials.LOOP: None, trials.OURS: None}
 

@@ -5,6 +5,7 @@ Taught in: notebooks/02_dlg_four_steps and notebooks/03_stronger_matching.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gradinv_helpers.attacks.exact import ExactSolution, invert_exactly
+from gradinv_helpers.attacks.groups import run_groups, side_by_side
 from gradinv_helpers.attacks.map_search import map_estimate
 from gradinv_helpers.attacks.matching import Distance
 from gradinv_helpers.attacks.plan import ATTACKS, make_plan
@@ -260,31 +262,52 @@ def invert_clients(
     on_cpu = next(iter(updates[0].tensors.values())).device.type == "cpu"
     if spoilt:  # a good start needs no rivals; a bad one is replaced
         restarts = 1
-    width = max(1, (_TRIALS_CPU if on_cpu else _TRIALS_GPU) // restarts)
-    for first in range(0, len(open_ones), width):
-        chosen = open_ones[first : first + width]
-        known_labels = plan.labels and [plan.labels[k] for k in chosen]
-        search = Search(
+    most = max(1, (_TRIALS_CPU if on_cpu else _TRIALS_GPU) // restarts)
+    chunks = _evenly(open_ones, most)
+
+    problems = []
+    for chosen in chunks:
+        of_chosen = plan.labels and [plan.labels[k] for k in chosen]
+        problems.append(
             MatchingProblem(
-                [updates[k] for k in chosen], replace(plan, labels=known_labels)
-            ),
+                [updates[k] for k in chosen], replace(plan, labels=of_chosen)
+            )
+        )
+
+    def search(number: int, tell: Callable[[Step], None]) -> Search:
+        chosen = chunks[number]
+        return Search(
+            problems[number],
             clients=chosen,
             iterations=iterations,
             restarts=restarts,
             seed=seed,
             init_scale=init_scale,
             log_every=log_every,
-            on_step=on_step,
+            on_step=tell,
             guesses={
                 i: guesses[k].images for i, k in enumerate(chosen) if k in guesses
             },
             denoise=attack == "auto" and not settled and (spoilt or noisy),
-            checkpoint=_numbered(checkpoint, first // width),
+            checkpoint=_numbered(checkpoint, number),
         )
-        solved |= dict(zip(chosen, search.run(), strict=False))
-        if search.interrupted:
-            break
+
+    makers = [functools.partial(search, number) for number in range(len(chunks))]
+    work = problems[0].work * restarts * len(chunks[0])
+    workers = side_by_side(work, problems[0].like)
+    for chosen, found in zip(
+        chunks, run_groups(makers, workers=workers, on_step=on_step), strict=False
+    ):
+        solved |= dict(zip(chosen, found, strict=False))
     return _in_order(solved, len(updates))
+
+
+def _evenly(clients: Sequence[int], most: int) -> list[Sequence[int]]:
+    """Groups of like size, none larger than ``most``; an even number, if several."""
+    groups = -(-len(clients) // most)
+    groups += groups % 2 if groups > 1 else 0
+    width = -(-len(clients) // groups)
+    return [clients[i : i + width] for i in range(0, len(clients), width)]
 
 
 def _by_prior(

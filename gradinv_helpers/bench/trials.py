@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -50,6 +51,7 @@ from gradinv_helpers.models import build_model
 from gradinv_helpers.updates import SharedUpdate, local_update
 
 OURS, LOOP = "one batch", "loop over trials"
+CORES = "batches side by side"  # of up to 24 trials, one per core
 COUNTS = (1, 4, 16, 64)
 _QUICK_COUNTS = (1, 4)
 _ITERATIONS = 10  # of up to 20 updates: too few for any trial to finish early
@@ -106,22 +108,28 @@ class _Bench:
     def attack(self, count: int) -> Record:
         """Seconds of whole attacks: our batch, then the loop with as many steps."""
         updates, labels = self.updates[:count], self.labels[:count]
-        ours, seconds = timed(
-            functools.partial(
-                invert_clients,
-                updates,
-                attack="dlg",
-                labels=labels,
-                restarts=1,
-                iterations=self.iterations,
-                seed=self.seed,
-                init_scale=_INIT_SCALE,
-            ),
-            self.device,
+        batch = functools.partial(
+            invert_clients,
+            updates,
+            attack="dlg",
+            labels=labels,
+            restarts=1,
+            iterations=self.iterations,
+            seed=self.seed,
+            init_scale=_INIT_SCALE,
         )
+        ours, seconds = timed(batch, self.device)
         for found in ours:
             stop_if_interrupted(found)
         spent = [sum(t.evaluations for t in found.trials) for found in ours]
+        before = torch.get_num_threads()
+        torch.set_num_threads(os.cpu_count() or 1)
+        try:
+            side_by_side, cores_seconds = timed(batch, self.device)
+        finally:
+            torch.set_num_threads(before)
+        for found in side_by_side:
+            stop_if_interrupted(found)
         (_, used), loop_seconds = timed(
             functools.partial(
                 recipes.trials_in_a_loop,
@@ -135,6 +143,7 @@ class _Bench:
         )
         return {
             OURS: {"seconds": seconds, "evaluations": sum(spent)},
+            CORES: {"seconds": cores_seconds, "evaluations": sum(spent)},
             LOOP: {"seconds": loop_seconds, "evaluations": sum(used)},
         }
 
@@ -312,7 +321,7 @@ def _report(records: Sequence[Record], setting: Setting) -> Report:
         },
         "whole attack": {
             name: (counts, [c["attack"][name]["median"] for c in cases])
-            for name in (LOOP, OURS)
+            for name in (LOOP, OURS, CORES)
         },
         "memory": {name: _memory_line(cases, name) for name in (LOOP, OURS)},
     }
@@ -336,7 +345,7 @@ def _case(records: Sequence[Record], count: int) -> tuple[Record, list[str]]:
         ]
         for name in (LOOP, OURS)
     }
-    whole = {n: [r[n]["seconds"] for r in attacks] for n in (LOOP, OURS)}
+    whole = {n: [r[n]["seconds"] for r in attacks] for n in (LOOP, OURS, CORES)}
     each = {
         n: [r[n]["seconds"] / r[n]["evaluations"] for r in attacks]
         for n in (LOOP, OURS)
@@ -348,6 +357,7 @@ def _case(records: Sequence[Record], count: int) -> tuple[Record, list[str]]:
         "evaluation_ratio": ratio_of_medians(once[LOOP], once[OURS]),
         "attack": {name: spread_of(whole[name]) for name in whole},
         "attack_ratio": ratio_of_medians(whole[LOOP], whole[OURS]),
+        "attack_ratio_all_cores": ratio_of_medians(whole[LOOP], whole[CORES]),
         "attack_ratio_per_evaluation": ratio_of_medians(each[LOOP], each[OURS]),
         "evaluations_per_trial": {
             n: statistics.fmean(r[n]["evaluations"] for r in attacks) / count
@@ -363,6 +373,8 @@ def _case(records: Sequence[Record], count: int) -> tuple[Record, list[str]]:
         with_quartiles(whole[LOOP], 2),
         with_quartiles(whole[OURS], 2),
         with_interval(case["attack_ratio"]),
+        with_quartiles(whole[CORES], 2),
+        with_interval(case["attack_ratio_all_cores"]),
         *(_mib(memory[name]) for name in (LOOP, OURS)),
     ]
     return case, row
@@ -396,13 +408,17 @@ def _table(rows: Sequence[Sequence[str]], setting: Setting) -> str:
         "attack, loop, s",
         "attack, batch, s",
         "ratio (95 %)",
+        "attack, all cores, s",
+        "ratio (95 %)",
         "memory, loop, MiB",
         "memory, batch, MiB",
     ]
     note = (
         "Medians with quartiles over the repeats; an attack is "
         f"{setting.notes['updates_per_trial']} L-BFGS updates of every trial, and the "
-        "loop gets as many evaluations as the batch has used. Memory: "
+        "loop gets as many evaluations as the batch has used. One thread, but for "
+        "'all cores', where more than 24 trials run as several batches side by side; "
+        "the loop has no use for a second thread. Memory, on one thread: "
         f"{setting.notes['memory']}."
     )
     return f"{markdown(head, rows)}\n\n{note}"
