@@ -226,6 +226,10 @@ def check_wall(result: dict) -> None:
     for case in summary["rounding"]:
         assert 0 < case["determined"] <= case["rank"] <= case["unknowns"]
     assert summary["large_images"] == []
+    assert {case["batch_size"] for case in summary["attacks"]} == {1, 2}
+    for case in summary["attacks"]:
+        gain = case["psnr"] - case["floor"]
+        assert case["gain"]["value"] == pytest.approx(gain, abs=1e-3)
 
 
 def check_fedavg(result: dict) -> None:

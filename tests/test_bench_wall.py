@@ -20,7 +20,7 @@ def setting(tmp_path_factory) -> Setting:
     return Setting(
         dataset="digits",
         data_root=None,
-        numbers={"images": 2, "repeats": 1},
+        numbers={"images": 2, "repeats": 1, "iterations": 1},
         seed=0,
         device=torch.device("cpu"),
         folder=tmp_path_factory.mktemp("wall"),
@@ -69,9 +69,9 @@ def test_the_report_holds_everything(setting: Setting, records: list[Record]) ->
     assert summary["large_images"] == []
     exact = {(e["kind"], e["stage"]): e["exact"] for e in summary["rule"]}
     assert exact["smooth", "untrained"] == 4
-    assert report.table.count("| --- |") == 3
+    assert report.table.count("| --- |") == 4
     assert "lenet, uniform, 1 epoch" in report.table
-    assert len(report.figure.axes) == 2
+    assert len(report.figure.axes) == 4
     setting.folder.joinpath("figure.png").write_bytes(b"")
     report.figure.savefig(Path(setting.folder) / "figure.png")
 

@@ -1,9 +1,10 @@
 """Suite ``wall``: how many directions of a batch its gradient determines.
 
-No attack runs. For every architecture, batch size, initialisation and stage of
-training the rank of the Jacobian is measured at photographs in double precision, and
-set against the rule that counts equations layer by layer. What the rounding of the
-numbers that travel leaves of it is measured on one network.
+For every architecture, batch size, initialisation and stage of training the rank of
+the Jacobian is measured at photographs in double precision, and set against the rule
+that counts equations layer by layer. On some of them the attack follows, on the same
+batches in float32, with labels inferred. What the rounding of the numbers that travel
+leaves of the rank is measured on one network.
 
 Taught in: notebooks/04_aggregated_gradients.
 """
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gradinv_helpers.attacks.invert import invert
 from gradinv_helpers.attacks.jacobian import gram, linearise_gradient
 from gradinv_helpers.attacks.spectrum import (
     FORMATS,
@@ -41,11 +43,15 @@ from gradinv_helpers.bench.suite import (
     distinct,
     fingerprint,
     markdown,
+    mean_difference,
+    stop_if_interrupted,
     timed,
 )
 from gradinv_helpers.classifier import accuracy, train_classifier
 from gradinv_helpers.data import Images, load_images
+from gradinv_helpers.metrics import score
 from gradinv_helpers.models import _resnet20, build_model
+from gradinv_helpers.updates import local_update
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,7 +60,17 @@ INITIALISATIONS: tuple[str, ...] = ("uniform", "pytorch")
 STAGES: dict[str, int] = {"untrained": 0, "1 epoch": 1, "10 epochs": 10}
 BATCH_SIZES: tuple[int, ...] = (1, 2, 4, 8)
 SIZE, LARGE = 16, 32  # pixels
-RANK, WALL, ROUNDING = "rank", "large images", "rounding"
+RANK, WALL, ROUNDING, ATTACK = "rank", "large images", "rounding", "attack"
+ATTACKED = (
+    "lenet",
+    "kernel 3",
+    "width 24",
+    "tanh",
+    "relu",
+    "mlp, sigmoid",
+    "convnet",
+    "resnet20, width 4",
+)
 _MOST_OF_STAGE = {"1 epoch": 4, "10 epochs": 4}  # larger batches only of untrained ones
 _LR, _LR_OF_KINKS = 1e-2, 3e-3  # sigmoids learn slowly
 _QUICK_ARCHITECTURES = ("lenet", "kernel 3, relu")
@@ -175,11 +191,15 @@ class _Bench:
         right = accuracy(model, self.train)
         return model.to(self.setting.device), right
 
-    def batch(self, size: int, number: int) -> tuple[Tensor, Tensor]:
-        """Images and one-hot labels of one batch."""
+    def drawn(self, size: int, number: int) -> Images:
+        """The photographs of one batch."""
         generator = torch.Generator().manual_seed(self.setting.seed + number)
         order = torch.randperm(len(self.test), generator=generator)
-        drawn = self.test[order[:size]]
+        return self.test[order[:size]]
+
+    def batch(self, size: int, number: int) -> tuple[Tensor, Tensor]:
+        """Images and one-hot labels of one batch."""
+        drawn = self.drawn(size, number)
         targets = F.one_hot(drawn.labels, max(2, self.train.num_classes))
         device = self.setting.device
         return drawn.pixels.double().to(device), targets.double().to(device)
@@ -206,6 +226,36 @@ class _Bench:
             "rank": rank,
             "counted": count_equations(model, images).rank,
             "train_accuracy": right,
+            "seconds": seconds,
+        }
+
+    def attack(
+        self, name: str, initialisation: str, stage: str, size: int, k: int
+    ) -> Record:
+        """What the default attack makes of one batch."""
+        model, _ = self.network(name, initialisation, stage)
+        truth = self.drawn(size, k)
+        attack = functools.partial(
+            invert,
+            local_update(model, truth),
+            iterations=self.setting.numbers["iterations"],
+            restarts=1,
+            seed=self.setting.seed + k,
+        )
+        found, seconds = timed(attack, self.setting.device)
+        stop_if_interrupted(found)
+        result = score(found, truth, others=self.test)
+        return {
+            "what": ATTACK,
+            "architecture": name,
+            "initialisation": initialisation,
+            "stage": stage,
+            "batch_size": size,
+            "number": k,
+            "psnr": list(result.psnr),
+            "floors": {name: list(f.psnr) for name, f in result.floors.items()},
+            "labels_right": result.label_correct and sum(result.label_correct),
+            "ran": found.attack,
             "seconds": seconds,
         }
 
@@ -248,6 +298,13 @@ def _tasks(setting: Setting) -> list[Task]:
         for k in range(repeats)
     ]
     tasks = [_task(small.measure, *case) for case in cases]
+    tasks += [
+        Task(
+            f"{ATTACK}, {', '.join(map(str, case))}",
+            functools.partial(small.attack, *case),
+        )
+        for case in _attacked(setting)
+    ]
     formats = FORMATS[1:3] if setting.quick else FORMATS
     for size in (1,) if setting.quick else (1, 2):
         tasks += [
@@ -263,6 +320,21 @@ def _tasks(setting: Setting) -> list[Task]:
             for size in range(1, 1 + min(most, 4))
         ]
     return tasks
+
+
+def _attacked(setting: Setting) -> list[tuple[str, str, str, int, int]]:
+    """Cases that are attacked, not only counted: larger batches of small networks."""
+    most, repeats = setting.numbers["images"], setting.numbers["repeats"]
+    names = _QUICK_ARCHITECTURES[:1] if setting.quick else ATTACKED
+    return [
+        (name, initialisation, stage, size, k)
+        for stage in (list(STAGES)[:1] if setting.quick else STAGES)
+        for name in names
+        for initialisation in INITIALISATIONS
+        for size in BATCH_SIZES
+        if size <= _MOST_OF_STAGE.get(stage, most)
+        for k in range(repeats)
+    ]
 
 
 def _task(measure: Callable[..., Record], *case: object) -> Task:
@@ -301,18 +373,21 @@ def _report(records: Sequence[Record], setting: Setting) -> Report:
         for size in distinct(chosen(records, what=ROUNDING), "batch_size")
         for form in distinct(chosen(records, what=ROUNDING), "format")
     ]
+    attacks = [_attack_case(found) for found in _groups(chosen(records, what=ATTACK))]
     errors = _rule_errors([*ranks, *chosen(records, what=WALL)])
     summary = {
         "cases": cases,
         "large_images": large,
         "rounding": rounded_cases,
         "rule": errors,
+        "attacks": attacks,
     }
-    parts = [_rank_table(cases), _NOTE]
+    iterations = setting.numbers["iterations"]
+    parts = [_rank_table(cases), _NOTE, _attack_table(attacks, iterations)]
     if large:
         parts.append(_large_table(large))
     parts += [_rule_table(errors), _rounding_table(rounded_cases)]
-    return Report(summary, "\n\n".join(parts), _figure(cases))
+    return Report(summary, "\n\n".join(parts), _figure(cases, attacks))
 
 
 def _groups(records: Sequence[Record]) -> list[list[Record]]:
@@ -336,6 +411,28 @@ def _case(found: Sequence[Record]) -> Record:
         "counted": statistics.fmean(counts),
         "rank_per_unknown": statistics.fmean(ranks) / found[0]["unknowns"],
         "train_accuracy": found[0]["train_accuracy"],
+    }
+
+
+def _attack_case(found: Sequence[Record]) -> Record:
+    names = ("architecture", "initialisation", "stage", "batch_size")
+    psnr = [value for record in found for value in record["psnr"]]
+    floors = [
+        max(values)
+        for record in found
+        for values in zip(*record["floors"].values(), strict=True)
+    ]
+    right = [record["labels_right"] for record in found]
+    return {
+        **{name: found[0][name] for name in names},
+        "images": len(psnr),
+        "psnr": statistics.fmean(psnr),
+        "worst": min(psnr),
+        "floor": statistics.fmean(floors),
+        "gain": mean_difference(psnr, floors),
+        "labels_right": None if None in right else sum(right),
+        "ran": sorted({record["ran"] for record in found}),
+        "seconds": statistics.fmean(record["seconds"] for record in found),
     }
 
 
@@ -413,6 +510,29 @@ def _rank_table(cases: Sequence[Record]) -> str:
     return markdown(head, rows)
 
 
+def _attack_table(cases: Sequence[Record], iterations: int) -> str:
+    sizes = sorted({case["batch_size"] for case in cases})
+    rows = []
+    for first in cases:
+        if first["batch_size"] == sizes[0]:
+            names = ("architecture", "initialisation", "stage")
+            line = chosen(cases, **{name: first[name] for name in names})
+            found = {case["batch_size"]: case for case in line}
+            cells = [_attack_cell(found[s]) if s in found else "–" for s in sizes]
+            rows.append([", ".join(first[name] for name in names), *cells])
+    head = ["the attack's mean PSNR, dB", *(f"B = {s}" for s in sizes)]
+    note = (
+        "Mean PSNR, and in brackets the mean floor: the best of a constant image, "
+        "another image, and the mean of the batch. The attack is `auto`, labels are "
+        f"inferred, the gradient is in float32; at most {iterations} iterations."
+    )
+    return f"{markdown(head, rows)}\n\n{note}"
+
+
+def _attack_cell(case: Record) -> str:
+    return f"{case['psnr']:.1f} ({case['floor']:.1f})"
+
+
 def _cell(case: Record) -> str:
     counted = 100 * case["counted"] / case["unknowns"]
     return f"{100 * case['rank_per_unknown']:.1f} ({counted:.1f})"
@@ -484,32 +604,37 @@ def _rounding_table(cases: Sequence[Record]) -> str:
     return f"{markdown(head, rows)}\n\n{note}"
 
 
-def _figure(cases: Sequence[Record]) -> Figure:
-    charts = {}
-    for initialisation in INITIALISATIONS:
-        lines = {}
-        for name in distinct(cases, "architecture"):
-            line = chosen(
-                cases,
-                architecture=name,
-                initialisation=initialisation,
-                stage="untrained",
-            )
-            line.sort(key=lambda case: case["batch_size"])
-            shares = [100 * case["rank_per_unknown"] for case in line]
-            lines[name] = ([case["batch_size"] for case in line], shares)
-        charts[f"untrained, {initialisation}"] = lines
-    return panels(
-        charts,
-        xlabel="batch size",
-        ylabels=["rank / unknowns (%)"],
-        columns=2,
-    )
+def _figure(cases: Sequence[Record], attacks: Sequence[Record]) -> Figure:
+    charts = {
+        f"{what}, untrained, {initialisation}": _lines(found, key, initialisation)
+        for what, found, key in (("rank", cases, "share"), ("PSNR", attacks, "gain"))
+        for initialisation in INITIALISATIONS
+    }
+    ranks, gains = ["rank / unknowns (%)"] * 2, ["mean PSNR above the floor (dB)"] * 2
+    return panels(charts, xlabel="batch size", ylabels=[*ranks, *gains], columns=2)
+
+
+def _lines(
+    cases: Sequence[Record], key: str, initialisation: str
+) -> dict[str, tuple[list[float], list[float]]]:
+    """One line per architecture over the batch size."""
+    lines = {}
+    for name in distinct(cases, "architecture"):
+        line = chosen(
+            cases, architecture=name, initialisation=initialisation, stage="untrained"
+        )
+        line.sort(key=lambda case: case["batch_size"])
+        heights = [
+            100 * case["rank_per_unknown"] if key == "share" else case["gain"]["value"]
+            for case in line
+        ]
+        lines[name] = ([case["batch_size"] for case in line], heights)
+    return lines
 
 
 SUITE = Suite(
-    numbers={"images": 8, "repeats": 1},
-    quick={"images": 2, "repeats": 1},
+    numbers={"images": 8, "repeats": 1, "iterations": 60},
+    quick={"images": 2, "repeats": 1, "iterations": 1},
     tasks=_tasks,
     report=_report,
 )
