@@ -46,12 +46,16 @@ class LocalTraining:
         batch_size: Images per local step; ``None`` takes all of them at once.
         optimiser: ``sgd``, ``momentum`` (0.9) or ``adam``.
         weight_decay: L2 penalty of the local optimiser.
+        clip_norm: Largest L2 norm of the gradient of a single sample; longer ones are
+            scaled down to it before the mean is taken, as in differentially private
+            training. For ``sends="gradient"`` only; ``None`` clips nothing.
 
     Raises:
         InputError: A value is out of range, or a gradient is asked of more than one
             step.
 
-    Source: McMahan et al. (2017), Algorithm 1.
+    Source: McMahan et al. (2017), Algorithm 1; Abadi et al. (2016), Algorithm 1, for
+    the clipping.
     Taught in: notebooks/01_fl_guarantees.
     """
 
@@ -61,6 +65,7 @@ class LocalTraining:
     batch_size: int | None = None
     optimiser: Optimiser = "sgd"
     weight_decay: float = 0.0
+    clip_norm: float | None = None
 
     def __post_init__(self) -> None:
         check_choice("sends", self.sends, ("gradient", "delta"))
@@ -70,6 +75,10 @@ class LocalTraining:
             check_count("batch_size", self.batch_size)
         check_choice("optimiser", self.optimiser, ("sgd", "momentum", "adam"))
         check_number("weight_decay", self.weight_decay)
+        if self.clip_norm is not None:
+            check_number("clip_norm", self.clip_norm, exclusive=True)
+            if self.sends == "delta":
+                raise InputError("clip_norm", "None for sends='delta'", self.clip_norm)
         one_step = self.epochs == 1 and self.batch_size is None
         if self.sends == "gradient" and not one_step:
             raise InputError(
@@ -348,12 +357,15 @@ def local_update(
         if seed is not None:
             stack.enter_context(private_randomness(seed, first.device))
         if training.sends == "gradient":
-            loss = _cross_entropy(worker, pixels, labels)
-            found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-            tensors = {
-                name: torch.zeros_like(p) if g is None else g
-                for (name, p), g in zip(trained.items(), found, strict=True)
-            }
+            bound = training.clip_norm
+            found = (
+                _gradient(worker, list(trained.values()), pixels, labels)
+                if bound is None
+                else _clipped_mean(
+                    worker, list(trained.values()), pixels, labels, bound
+                )
+            )
+            tensors = dict(zip(trained, found, strict=True))
         else:
             before = {name: p.detach().clone() for name, p in trained.items()}
             optimiser = _optimiser(training, list(trained.values()))
@@ -372,6 +384,42 @@ def local_update(
         training=training,
         buffers=buffers or None,
     )
+
+
+def _gradient(
+    worker: nn.Module, weights: list[nn.Parameter], pixels: Tensor, labels: Tensor
+) -> list[Tensor]:
+    """Gradient of the mean loss; zeros for weights that nothing uses."""
+    loss = _cross_entropy(worker, pixels, labels)
+    found = torch.autograd.grad(loss, weights, allow_unused=True)
+    pairs = zip(found, weights, strict=True)
+    return [torch.zeros_like(w) if g is None else g for g, w in pairs]
+
+
+def _clipped_mean(
+    worker: nn.Module,
+    weights: list[nn.Parameter],
+    pixels: Tensor,
+    labels: Tensor,
+    bound: float,
+) -> list[Tensor]:
+    """Mean of the samples' gradients, each of them no longer than ``bound``."""
+    batch_norm = nn.modules.batchnorm._BatchNorm
+    if any(isinstance(m, batch_norm) and m.training for m in worker.modules()):
+        raise InputError(
+            "training.clip_norm",
+            "None where BatchNorm is in train mode, which gives samples no gradient "
+            "of their own",
+            bound,
+            "call model.eval(), or use GroupNorm",
+        )
+    total = [torch.zeros_like(w) for w in weights]
+    for image, label in zip(pixels, labels, strict=True):
+        own = _gradient(worker, weights, image[None], label[None])
+        norm = float(torch.stack([g.double().norm() for g in own]).norm())
+        scale = min(1.0, bound / max(norm, 1e-300)) / len(pixels)
+        total = [t + scale * g for t, g in zip(total, own, strict=True)]
+    return total
 
 
 def _statistics(before: nn.Module, after: nn.Module) -> dict[str, Tensor]:

@@ -99,6 +99,13 @@ def invert_exactly(
     Taught in: notebooks/03_stronger_matching.
     """
     check_seed("seed", seed)
+    if update.training.clip_norm is not None:
+        raise InputError(
+            "update",
+            "a gradient without clipping, for 'exact'",
+            f"clip_norm={update.training.clip_norm:g}",
+            "use attack='auto'",
+        )
     if labels is not None:
         labels = torch.as_tensor(labels).long().reshape(-1).cpu()
         if len(labels) != update.num_samples:

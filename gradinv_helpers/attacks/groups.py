@@ -7,7 +7,6 @@ share the cores instead. What is found does not depend on how many run at a time
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -76,8 +75,13 @@ class _SideBySide:
                 wait(runs)
             except KeyboardInterrupt:
                 self.ended = True  # told to every search at its next iteration
-        results = (run.result() for run in runs)
-        return list(itertools.takewhile(lambda found: found is not None, results))
+        found = []
+        for run in runs:
+            result = run.result()
+            if result is None:  # its turn had not come
+                break
+            found.append(result)
+        return found
 
     def _run(self, make: Maker) -> list[Reconstruction] | None:
         if self.ended:

@@ -99,6 +99,7 @@ class MapEstimate:
         noise: Standard deviation of the noise in every entry of the gradient, as
             stated by the protocol or found in a residual that would not fall; 0 for
             none.
+        latents: Latents (N, d) of the images.
 
     Taught in: notebooks/04_aggregated_gradients.
     """
@@ -107,6 +108,7 @@ class MapEstimate:
     stages: tuple[Stage, ...]
     separated: bool
     noise: float
+    latents: Tensor
 
 
 def map_estimate(
@@ -164,7 +166,8 @@ def map_estimate(
     features = None
     if labels is None:
         labels, source = infer_labels(update), "inferred (counts)"
-    if update.num_samples > 1 and not update.noise_std and order is None:
+    plain = not update.noise_std and update.training.clip_norm is None
+    if update.num_samples > 1 and plain and order is None:
         found = _taken_apart(update, labels, source, seed)
         if found is not None and source.startswith("given"):
             features = found.features[labels.argsort(stable=True).argsort()]
@@ -291,7 +294,9 @@ class _Annealing:
             seed=self.seed,
         )
         separated = posterior.features is not None
-        return MapEstimate(found, tuple(self.stages), separated, posterior.noise)
+        latents = self.best.detach().view(posterior.num_samples, -1).cpu()
+        stages = tuple(self.stages)
+        return MapEstimate(found, stages, separated, posterior.noise, latents)
 
     # --- smooth networks --------------------------------------------------------
 

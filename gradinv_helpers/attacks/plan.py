@@ -145,6 +145,8 @@ def _check_squares(
         got = f"total variation of weight {tv_weight:g}"
     elif updates[0].normalized:
         got = "normalised clients"
+    elif updates[0].training.clip_norm is not None:
+        got = "clipped gradients"
     if got:
         raise InputError(
             "optimiser",

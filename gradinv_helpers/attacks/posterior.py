@@ -18,12 +18,12 @@ Taught in: notebooks/04_aggregated_gradients.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gradinv_helpers.attacks.clipping import clipped
 from gradinv_helpers.attacks.gradients import (
     GradientMap,
     Gradients,
@@ -37,12 +37,18 @@ from gradinv_helpers.attacks.matching import (
     squared_norm,
 )
 from gradinv_helpers.attacks.problem import _MOST_BYTES
-from gradinv_helpers.attacks.replay import Order, replay_map
+from gradinv_helpers.attacks.replay import (
+    Order,
+    moving_statistics,
+    replay_map,
+    shared_statistics,
+)
 from gradinv_helpers.compute import forward_work
 from gradinv_helpers.errors import InputError
 from gradinv_helpers.priors.gaussian import ImagePrior
 from gradinv_helpers.updates import SharedUpdate
 
+_CANCELLED = 16  # roundings of the largest gradient: smaller ones are nothing else
 _SMALLEST = 1e-15  # standard deviation of the entries of a layer of zeros
 
 
@@ -73,9 +79,14 @@ class Posterior:
         self.labels, self.features, self.order = labels, features, order
         self.model = copy.deepcopy(update.model)
         self.steps = _steps_to_replay(update)
-        self.targets: Gradients = [tensor[None] for tensor in _stated(update)]
+        as_sent = self.steps > 0 or _has_statistics(update)
+        stated = _stated(update, as_sent=as_sent)
+        self.num_gradients = len(stated)  # the rest are changes of statistics
+        if _has_statistics(update):
+            stated += shared_statistics(update)
+        self.targets: Gradients = [tensor[None] for tensor in stated]
         # Of a change: what it is divided by to become a gradient.
-        rate = update.training.lr if update.kind == "delta" and not self.steps else 1.0
+        rate = update.training.lr if update.kind == "delta" and not as_sent else 1.0
         self.noise = update.noise_std / rate
         self.rounding = _rounding(update, rate)
         with torch.no_grad():
@@ -86,13 +97,16 @@ class Posterior:
 
     def _prepare(self) -> None:
         self.like = self.targets[0]
+        # Running statistics change as it reads features, those of the map must not.
+        self.reader = copy.deepcopy(self.model)
         self.prior = self.prior.to(self.like).given(self.labels)
         self.norms = [float(squared_norm([t])) for t in self.targets]
         if not any(self.norms):
             raise InputError("update", "a non-zero update", "all zeros")
         shape = (self.num_samples, *self.update.image_shape)
         fitting = trials_at_once(self.model, shape, budget_bytes=_MOST_BYTES)
-        self.together = max(1, fitting // max(1, self.steps))
+        gradients = self.num_samples if self.update.training.clip_norm else 1
+        self.together = max(1, fitting // max(1, self.steps, gradients))
         self.map = self._map()
         self.classes = self._one_hot()
 
@@ -101,8 +115,8 @@ class Posterior:
         return F.one_hot(labels, self.num_classes).to(self.like)
 
     def _map(self) -> GradientMap:
-        update = self.update
-        if self.steps:
+        update, statistics = self.update, _has_statistics(self.update)
+        if self.steps or statistics:
             sizes = update.group_sizes or ()
             return replay_map(
                 self.model,
@@ -111,8 +125,11 @@ class Posterior:
                 order=self.order,
                 group_sizes=sizes if len(sizes) > 1 else None,
                 normalized=update.normalized,
+                statistics=statistics,
             )
         plain = gradient_map(self.model)
+        if update.training.clip_norm is not None:
+            plain = clipped(plain, update.training.clip_norm)
         if update.normalized:
             return normalized_groups(plain, update.group_sizes or ())
         return plain
@@ -154,8 +171,9 @@ class Posterior:
     @property
     def entry(self) -> float:
         """Root mean square of the entries of the update's gradient."""
-        count = sum(target.numel() for target in self.targets)
-        return (sum(self.norms) / count) ** 0.5
+        parts = self.targets[: self.num_gradients]
+        count = sum(target.numel() for target in parts)
+        return (sum(self.norms[: self.num_gradients]) / count) ** 0.5
 
     @property
     def work(self) -> int:
@@ -200,20 +218,33 @@ class Posterior:
 
     def variances(self, level: float) -> list[float]:
         """Variance of every entry of each layer: tempering, noise and rounding."""
-        pairs = zip(self.norms, self.rounding, strict=True)
-        return [level**2 * norm + self.noise**2 + r**2 for norm, r in pairs]
+        count = self.num_gradients  # noise is added to gradients, not to statistics
+        noise = [self.noise] * count + [0.0] * (len(self.norms) - count)
+        parts = zip(self.norms, noise, self.rounding, strict=True)
+        return [level**2 * norm + n**2 + r**2 for norm, n, r in parts]
 
     def cosine_energy(self, points: Tensor, level: float) -> tuple[Tensor, Tensor]:
-        """Energy of a gradient of unknown length: 2 (1 - cos) / level² + ||u||²."""
+        """Energy of a gradient of unknown length: 2 (1 - cos) / level² + ||u||².
+
+        Statistics of BatchNorm have a length: their mean relative squared error is
+        added to the cosine's distance.
+        """
         latents = points.unflatten(-1, (self.num_samples, self.prior.size))
         images = self.prior.decode(latents)
         classes = self.classes.expand(len(points), -1, -1)
         gradients, pullback = self.map(images, classes)
         pairs = zip(self.targets, gradients, strict=True)
         targets = [target.expand_as(gradient) for target, gradient in pairs]
-        distance, slopes = cosine_distance(gradients, targets)
+        count = self.num_gradients
+        distance, slopes = cosine_distance(gradients[:count], targets[:count])
+        distance = distance.double()
+        moved = list(zip(gradients, targets, self.norms, strict=True))[count:]
+        for found, sent, norm in moved:  # lengths count here: relative squared errors
+            weight = 0.5 / (len(moved) * max(norm, _SMALLEST))
+            distance = distance + weight * squared_norm([found - sent]).double()
+            slopes.append(2 * weight * (found - sent))
         to_images, _ = pullback(slopes)
-        distance, to_images = 2 * distance.double(), 2 * to_images
+        distance, to_images = 2 * distance, 2 * to_images
         if self.features is not None:
             gap, slope = self._feature_gap(images)
             distance, to_images = distance + gap.double(), to_images + slope
@@ -228,8 +259,12 @@ class Posterior:
         scale = known.numel() * known.var()
         with torch.enable_grad():
             free = images.detach().requires_grad_()
-            found = last_layer_input(self.model, free.flatten(0, 1))
-            gaps = (found.unflatten(0, images.shape[:2]) - known).square() / scale
+            if self.reader.training:  # statistics are those of one trial's images
+                found = torch.stack([last_layer_input(self.reader, x) for x in free])
+            else:
+                flat = last_layer_input(self.reader, free.flatten(0, 1))
+                found = flat.unflatten(0, images.shape[:2])
+            gaps = (found - known).square() / scale
             (slope,) = torch.autograd.grad(gaps.sum(), free)
         return gaps.detach().sum((1, 2)), slope
 
@@ -254,9 +289,15 @@ def _steps_to_replay(update: SharedUpdate) -> int:
     return 0 if plain else steps
 
 
-def _stated(update: SharedUpdate) -> Sequence[Tensor]:
+def _has_statistics(update: SharedUpdate) -> bool:
+    """Whether the update shows how the statistics of BatchNorm have moved."""
+    sent = update.buffers is not None and not update.normalized
+    return sent and bool(moving_statistics(update.model))
+
+
+def _stated(update: SharedUpdate, *, as_sent: bool) -> list[Tensor]:
     """The gradient that the update states, or the change itself."""
-    if _steps_to_replay(update) or (update.normalized and update.kind == "gradient"):
+    if as_sent or (update.normalized and update.kind == "gradient"):
         return list(update.tensors.values())
     return list(update.gradient().values())
 
@@ -264,14 +305,27 @@ def _stated(update: SharedUpdate) -> Sequence[Tensor]:
 def _rounding(update: SharedUpdate, rate: float) -> list[float]:
     """Standard deviation of what rounding leaves of every layer's entries.
 
-    A change is the difference of two weights, each rounded on its own.
+    A change is the difference of two weights, each rounded on its own. A gradient that
+    cancels, as of a bias in front of BatchNorm, is nothing but rounding.
     """
     named = dict(update.model.named_parameters())
+    sizes = {name: _size_of(sent) for name, sent in update.tensors.items()}
     found = []
     for name, sent in update.tensors.items():
-        weights = named[name].detach()
-        large = sent if update.kind == "gradient" else weights
-        size = float(large.double().square().mean().sqrt())
-        share = torch.finfo(sent.dtype).eps / 12**0.5
-        found.append(max(share * size / rate, _SMALLEST))
+        large = sent if update.kind == "gradient" else named[name].detach()
+        eps = torch.finfo(sent.dtype).eps
+        std = eps / 12**0.5 * _size_of(large)
+        if sizes[name] < _CANCELLED * eps * max(sizes.values()):
+            std = max(std, sizes[name])
+        found.append(max(std / rate, _SMALLEST))
+    if _has_statistics(update):  # differences of two averages
+        before = dict(update.model.named_buffers())
+        for name in moving_statistics(update.model):
+            eps = torch.finfo(before[name].dtype).eps
+            found.append(max(eps / 12**0.5 * _size_of(before[name]), _SMALLEST))
     return found
+
+
+def _size_of(tensor: Tensor) -> float:
+    """Root mean square of the entries."""
+    return float(tensor.detach().double().square().mean().sqrt())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gradinv_helpers.attacks.clipping import clipped
 from gradinv_helpers.attacks.gradients import (
     GradientMap,
     Gradients,
@@ -86,6 +87,9 @@ class MatchingProblem:
         self.map: GradientMap = gradient_map(self.model)
         batch = (self.num_samples, *self.shape)
         self.together = trials_at_once(self.model, batch, budget_bytes=_MOST_BYTES)
+        if first.training.clip_norm is not None:
+            self.map = clipped(self.map, first.training.clip_norm)
+            self.together = max(1, self.together // self.num_samples)
         if first.normalized:
             self.map = normalized_groups(self.map, first.group_sizes or ())
 

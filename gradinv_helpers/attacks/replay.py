@@ -131,7 +131,7 @@ def replay_map(
             "True",
             "clients scale their weights alone: match the statistics by a second map",
         )
-    if statistics and not _statistic_names(model):
+    if statistics and not moving_statistics(model):
         raise InputError(
             "model", "BatchNorm layers with running statistics in train mode", "none"
         )
@@ -194,7 +194,7 @@ def shared_statistics(update: SharedUpdate) -> list[Tensor]:
 
     Taught in: notebooks/04_aggregated_gradients.
     """
-    names = _statistic_names(update.model)
+    names = moving_statistics(update.model)
     if update.buffers is None or not names:
         got = "none" if update.buffers is None else "none that training moves"
         raise InputError("update", "buffers with the statistics of BatchNorm", got)
@@ -304,7 +304,7 @@ def _check_batches(batches: Batches, training: LocalTraining, size: int) -> None
             raise InputError("order", expected, epoch.tolist())
 
 
-def _statistic_names(model: nn.Module) -> list[str]:
+def moving_statistics(model: nn.Module) -> list[str]:
     """Buffers of BatchNorm that a forward pass moves, in the order of the model."""
     moving = {
         id(buffer)
@@ -402,7 +402,7 @@ class _Replay:
     ):
         self.model, self.training, self.steps = model, training, steps
         self.state = _AutogradMap(model)  # parameters and buffers, detached
-        self.names = _statistic_names(model) if statistics else []
+        self.names = moving_statistics(model) if statistics else []
 
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Gradients, Pullback]:
         pairs = [
