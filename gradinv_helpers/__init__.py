@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gradinv_helpers import plots as plots
     from gradinv_helpers import widgets as widgets
+    from gradinv_helpers.attacks.alignment import align_images as align_images
     from gradinv_helpers.attacks.analytic import (
         linear_layer_input as linear_layer_input,
     )
@@ -33,8 +34,28 @@ if TYPE_CHECKING:
     )
     from gradinv_helpers.attacks.certificate import Certificate as Certificate
     from gradinv_helpers.attacks.certificate import LayerSolution as LayerSolution
+    from gradinv_helpers.attacks.clipping import clipped as clipped
+    from gradinv_helpers.attacks.denoising import DenoisingUpdate as DenoisingUpdate
+    from gradinv_helpers.attacks.denoising import denoising_update as denoising_update
+    from gradinv_helpers.attacks.denoising_search import (
+        DenoisingEstimate as DenoisingEstimate,
+    )
+    from gradinv_helpers.attacks.denoising_search import (
+        invert_denoising as invert_denoising,
+    )
+    from gradinv_helpers.attacks.denoising_steps import (
+        TimestepEstimate as TimestepEstimate,
+    )
+    from gradinv_helpers.attacks.denoising_steps import infer_timestep as infer_timestep
+    from gradinv_helpers.attacks.diffusion_latent import (
+        diffusion_latent as diffusion_latent,
+    )
+    from gradinv_helpers.attacks.diffusion_posterior import (
+        diffusion_posterior as diffusion_posterior,
+    )
     from gradinv_helpers.attacks.exact import ExactSolution as ExactSolution
     from gradinv_helpers.attacks.exact import invert_exactly as invert_exactly
+    from gradinv_helpers.attacks.gradinvdiff import gradinvdiff as gradinvdiff
     from gradinv_helpers.attacks.invert import invert as invert
     from gradinv_helpers.attacks.invert import invert_clients as invert_clients
     from gradinv_helpers.attacks.jacobian import JacobianRank as JacobianRank
@@ -44,14 +65,29 @@ if TYPE_CHECKING:
     )
     from gradinv_helpers.attacks.labels import infer_label_counts as infer_label_counts
     from gradinv_helpers.attacks.labels import infer_labels as infer_labels
+    from gradinv_helpers.attacks.laplace import (
+        LaplaceApproximation as LaplaceApproximation,
+    )
+    from gradinv_helpers.attacks.laplace import (
+        laplace_approximation as laplace_approximation,
+    )
     from gradinv_helpers.attacks.map_search import MapEstimate as MapEstimate
     from gradinv_helpers.attacks.map_search import Stage as Stage
     from gradinv_helpers.attacks.map_search import map_estimate as map_estimate
+    from gradinv_helpers.attacks.posterior import Posterior as Posterior
     from gradinv_helpers.attacks.reconstruction import Reconstruction as Reconstruction
     from gradinv_helpers.attacks.reconstruction import Step as Step
     from gradinv_helpers.attacks.reconstruction import TrialReport as TrialReport
     from gradinv_helpers.attacks.replay import local_batches as local_batches
     from gradinv_helpers.attacks.replay import replay_map as replay_map
+    from gradinv_helpers.attacks.sampling import CalibrationRanks as CalibrationRanks
+    from gradinv_helpers.attacks.sampling import PosteriorSamples as PosteriorSamples
+    from gradinv_helpers.attacks.sampling import calibration_ranks as calibration_ranks
+    from gradinv_helpers.attacks.sampling import (
+        effective_sample_size as effective_sample_size,
+    )
+    from gradinv_helpers.attacks.sampling import sample_posterior as sample_posterior
+    from gradinv_helpers.attacks.sampling import split_r_hat as split_r_hat
     from gradinv_helpers.attacks.separation import Separation as Separation
     from gradinv_helpers.attacks.separation import separate_batch as separate_batch
     from gradinv_helpers.checkpoints import load_checkpoint as load_checkpoint
@@ -83,12 +119,17 @@ if TYPE_CHECKING:
     from gradinv_helpers.partition import Client as Client
     from gradinv_helpers.partition import partition as partition
     from gradinv_helpers.perceptual import perceptual_distance as perceptual_distance
+    from gradinv_helpers.priors.diffusion import DiffusionPrior as DiffusionPrior
+    from gradinv_helpers.priors.diffusion import train_diffusion as train_diffusion
     from gradinv_helpers.priors.gaussian import CovariancePrior as CovariancePrior
     from gradinv_helpers.priors.gaussian import ImagePrior as ImagePrior
     from gradinv_helpers.priors.gaussian import SpectrumPrior as SpectrumPrior
     from gradinv_helpers.priors.gaussian import fit_gaussian as fit_gaussian
-    from gradinv_helpers.priors.gaussian import load_prior as load_prior
     from gradinv_helpers.priors.gaussian import spectrum_prior as spectrum_prior
+    from gradinv_helpers.priors.library import load_prior as load_prior
+    from gradinv_helpers.priors.vae import SoftVAEPrior as SoftVAEPrior
+    from gradinv_helpers.priors.vae import VAEPrior as VAEPrior
+    from gradinv_helpers.priors.vae_training import train_vae as train_vae
     from gradinv_helpers.updates import LocalTraining as LocalTraining
     from gradinv_helpers.updates import SharedUpdate as SharedUpdate
     from gradinv_helpers.updates import local_update as local_update
@@ -118,9 +159,30 @@ _HOMES = {
         "ImagePrior",
         "SpectrumPrior",
         "fit_gaussian",
-        "load_prior",
         "spectrum_prior",
     ),
+    "attacks.alignment": ("align_images",),
+    "attacks.clipping": ("clipped",),
+    "attacks.denoising": ("DenoisingUpdate", "denoising_update"),
+    "attacks.denoising_search": ("DenoisingEstimate", "invert_denoising"),
+    "attacks.denoising_steps": ("TimestepEstimate", "infer_timestep"),
+    "attacks.diffusion_latent": ("diffusion_latent",),
+    "attacks.diffusion_posterior": ("diffusion_posterior",),
+    "attacks.gradinvdiff": ("gradinvdiff",),
+    "attacks.laplace": ("LaplaceApproximation", "laplace_approximation"),
+    "attacks.posterior": ("Posterior",),
+    "attacks.sampling": (
+        "CalibrationRanks",
+        "PosteriorSamples",
+        "calibration_ranks",
+        "effective_sample_size",
+        "sample_posterior",
+        "split_r_hat",
+    ),
+    "priors.diffusion": ("DiffusionPrior", "train_diffusion"),
+    "priors.library": ("load_prior",),
+    "priors.vae": ("SoftVAEPrior", "VAEPrior"),
+    "priors.vae_training": ("train_vae",),
     "attacks.reconstruction": ("Reconstruction", "Step", "TrialReport"),
     "attacks.invert": ("invert", "invert_clients"),
     "metrics": ("LeakageScore", "score"),

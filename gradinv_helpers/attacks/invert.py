@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradinv_helpers.attacks.exact import ExactSolution, invert_exactly
 from gradinv_helpers.attacks.groups import run_groups, side_by_side
-from gradinv_helpers.attacks.map_search import map_estimate
+from gradinv_helpers.attacks.learned import (
+    DEFAULT_PRIORS,
+    Job,
+    prior_for,
+    run_under_prior,
+)
 from gradinv_helpers.attacks.matching import Distance
 from gradinv_helpers.attacks.plan import ATTACKS, make_plan
 from gradinv_helpers.attacks.problem import MatchingProblem
@@ -52,7 +56,7 @@ def invert(
     update: SharedUpdate,
     *,
     attack: str = "auto",
-    prior: ImagePrior | str = "spectrum",
+    prior: ImagePrior | str | None = None,
     iterations: int | None = None,
     restarts: int | None = None,
     labels: Tensor | Sequence[int] | None = None,
@@ -82,16 +86,23 @@ def invert(
             total variation by signed Adam, which suits ReLU networks; ``exact`` solves
             equations where the model allows it, needs no iterations and certifies its
             answer; ``gaussian-map`` anneals towards the most probable images under
-            ``prior``, which is what batches and aggregates need; ``auto`` takes
+            ``prior``, which is what batches and aggregates need; ``vae-map`` does so
+            under a VAE, and ``vae-posterior`` averages draws from its posterior;
+            ``diffusion-latent``, ``diffusion-posterior`` and ``gradinvdiff`` take a
+            diffusion model for their prior; ``auto`` takes
             ``exact`` where its certificate holds, otherwise ``gaussian-map`` for
             several samples, and the search that suits the model for one. Where the
             update of one sample is noisy, ``auto`` ends with the MAP estimate under a
             prior on neighbouring pixels.
-        prior: What ``gaussian-map`` knows of images: ``spectrum``, or a prior for the
-            update's image shape.
+        prior: What attacks under a prior know of images: a name or a folder for
+            ``load_prior``, or a prior for the update's image shape. By default
+            ``spectrum`` for ``gaussian-map``, and what comes with the package for
+            digits for the others.
         iterations: Outer steps per restart, of up to 20 updates each, as in the
-            published recipe; 200 by default. The attack stops early when done.
-        restarts: Independent random starts; 3 by default.
+            published recipe; 200 by default. The attack stops early when done. With a
+            diffusion model, its steps.
+        restarts: Independent random starts; 3 by default. Chains of
+            ``vae-posterior``, draws of ``diffusion-posterior``.
         labels: True labels (N,), if the attacker is given them. Results are then an
             upper bound and say so.
         seed: Seed of the random starts; the same call gives the same result.
@@ -142,7 +153,7 @@ def invert_clients(
     updates: Sequence[SharedUpdate],
     *,
     attack: str = "auto",
-    prior: ImagePrior | str = "spectrum",
+    prior: ImagePrior | str | None = None,
     iterations: int | None = None,
     restarts: int | None = None,
     labels: Sequence[Tensor | Sequence[int]] | None = None,
@@ -165,7 +176,7 @@ def invert_clients(
     Args:
         updates: Updates of the same model with the same recipe.
         attack: As for ``invert``, and so are the other arguments but ``labels``.
-        prior: What ``gaussian-map`` knows of images.
+        prior: What attacks under a prior know of images.
         iterations: Outer steps per restart.
         restarts: Independent random starts per client.
         labels: One entry per client, if the attacker is given them.
@@ -189,6 +200,7 @@ def invert_clients(
     Taught in: notebooks/02_dlg_four_steps.
     """
     check_choice("attack", attack, ATTACKS)
+    asked = {"iterations": iterations, "restarts": restarts}
     iterations = check_count("iterations", 200 if iterations is None else iterations)
     restarts = check_count("restarts", 3 if restarts is None else restarts)
     check_seed("seed", seed)
@@ -203,7 +215,7 @@ def invert_clients(
         raise InputError(
             "attack", "a search, where a distance or an optimiser is given", "'exact'"
         )
-    if attack == "gaussian-map" and settled:
+    if attack in DEFAULT_PRIORS and settled:
         given = "a distance, an optimiser or a weight of the total variation"
         raise InputError("attack", f"another one, where {given} is set", repr(attack))
     solved: dict[int, Reconstruction] = {}
@@ -221,24 +233,15 @@ def invert_clients(
         guess.certificate.determined for guess in guesses.values()
     )
     several = updates[0].num_samples > 1
-    if attack == "gaussian-map" or (
-        attack == "auto" and several and not settled and not spoilt
-    ):
+    falls_to_prior = attack == "auto" and several and not settled and not spoilt
+    if attack in DEFAULT_PRIORS or falls_to_prior:
+        name = "gaussian-map" if attack == "auto" else attack
+        wishes = (labels, seed, checkpoint, on_step, name, prior, asked)
         try:
-            solved |= _by_prior(
-                updates,
-                open_ones,
-                labels,
-                seed,
-                checkpoint=checkpoint,
-                prior=prior,
-                iterations=iterations,
-                restarts=restarts,
-                on_step=on_step,
-            )
+            solved |= _by_prior(updates, open_ones, *wishes)
             return _in_order(solved, len(updates))
         except InputError:
-            if attack == "gaussian-map":
+            if attack != "auto":
                 raise  # else a search that fits the labels, too
     plan = make_plan(
         updates,
@@ -315,23 +318,27 @@ def _by_prior(
     chosen: Sequence[int],
     labels: Sequence[Tensor | Sequence[int]] | None,
     seed: int,
-    *,
     checkpoint: str | Path | None,
-    **settings: Any,
+    on_step: Callable[[Step], None] | None,
+    attack: str,
+    prior: ImagePrior | str | None,
+    asked: Mapping[str, int | None],
 ) -> dict[int, Reconstruction]:
-    """The most probable images of every chosen client, up to an interruption."""
+    """What a prior makes of every chosen client, up to an interruption."""
+    known = prior_for(attack, prior, updates[0].image_shape)
     found: dict[int, Reconstruction] = {}
     for k in chosen:
-        known = None if labels is None else torch.as_tensor(labels[k])
-        estimate = map_estimate(
+        job = Job(
             updates[k],
-            labels=known,
+            known,
+            None if labels is None else torch.as_tensor(labels[k]),
             seed=seed + k,
+            on_step=on_step,
             client=k,
             checkpoint=_numbered(checkpoint, k),
-            **settings,
+            **asked,
         )
-        found[k] = estimate.reconstruction
+        found[k] = run_under_prior(attack, job)
         if found[k].stopped == "interrupted":
             break
     return found

@@ -43,7 +43,8 @@ from gradinv_helpers.attacks.saved_stages import SavedStages, fingerprint
 from gradinv_helpers.attacks.separation import Separation, separate_batch
 from gradinv_helpers.compute import cpu_threads
 from gradinv_helpers.errors import InputError, check_count, check_seed
-from gradinv_helpers.priors.gaussian import ImagePrior, load_prior
+from gradinv_helpers.priors.gaussian import ImagePrior
+from gradinv_helpers.priors.library import load_prior
 from gradinv_helpers.updates import SharedUpdate
 
 # Shares of every layer's norm. The first has one optimum in all cases seen; random

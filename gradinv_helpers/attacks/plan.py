@@ -23,6 +23,11 @@ ATTACKS: tuple[str, ...] = (
     "inverting-gradients",
     "gaussian-map",
     "exact",
+    "vae-map",
+    "vae-posterior",
+    "diffusion-latent",
+    "diffusion-posterior",
+    "gradinvdiff",
 )
 OPTIMISERS: tuple[str, ...] = ("l-bfgs", "adam", "signed-adam", "levenberg-marquardt")
 

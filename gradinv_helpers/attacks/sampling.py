@@ -47,7 +47,8 @@ from gradinv_helpers.errors import (
     check_number,
     check_seed,
 )
-from gradinv_helpers.priors.gaussian import ImagePrior, load_prior
+from gradinv_helpers.priors.gaussian import ImagePrior
+from gradinv_helpers.priors.library import load_prior
 from gradinv_helpers.updates import SharedUpdate
 
 SAMPLERS: tuple[str, ...] = ("mala", "hmc")
