@@ -235,9 +235,20 @@ class _Bench:
         """What the default attack makes of one batch."""
         model, _ = self.network(name, initialisation, stage)
         truth = self.drawn(size, k)
+        update = local_update(model, truth)
+        about = {
+            "what": ATTACK,
+            "architecture": name,
+            "initialisation": initialisation,
+            "stage": stage,
+            "batch_size": size,
+            "number": k,
+        }
+        if not any(bool(tensor.any()) for tensor in update.tensors.values()):
+            return {**about, "psnr": None}  # there is nothing to invert
         attack = functools.partial(
             invert,
-            local_update(model, truth),
+            update,
             iterations=self.setting.numbers["iterations"],
             restarts=1,
             seed=self.setting.seed + k,
@@ -246,12 +257,7 @@ class _Bench:
         stop_if_interrupted(found)
         result = score(found, truth, others=self.test)
         return {
-            "what": ATTACK,
-            "architecture": name,
-            "initialisation": initialisation,
-            "stage": stage,
-            "batch_size": size,
-            "number": k,
+            **about,
             "psnr": list(result.psnr),
             "floors": {name: list(f.psnr) for name, f in result.floors.items()},
             "labels_right": result.label_correct and sum(result.label_correct),
@@ -373,7 +379,8 @@ def _report(records: Sequence[Record], setting: Setting) -> Report:
         for size in distinct(chosen(records, what=ROUNDING), "batch_size")
         for form in distinct(chosen(records, what=ROUNDING), "format")
     ]
-    attacks = [_attack_case(found) for found in _groups(chosen(records, what=ATTACK))]
+    attacked = [r for r in chosen(records, what=ATTACK) if r["psnr"] is not None]
+    attacks = [_attack_case(found) for found in _groups(attacked)]
     errors = _rule_errors([*ranks, *chosen(records, what=WALL)])
     summary = {
         "cases": cases,
@@ -513,18 +520,18 @@ def _rank_table(cases: Sequence[Record]) -> str:
 def _attack_table(cases: Sequence[Record], iterations: int) -> str:
     sizes = sorted({case["batch_size"] for case in cases})
     rows = []
-    for first in cases:
-        if first["batch_size"] == sizes[0]:
-            names = ("architecture", "initialisation", "stage")
-            line = chosen(cases, **{name: first[name] for name in names})
-            found = {case["batch_size"]: case for case in line}
-            cells = [_attack_cell(found[s]) if s in found else "–" for s in sizes]
-            rows.append([", ".join(first[name] for name in names), *cells])
+    names = ("architecture", "initialisation", "stage")
+    for title in dict.fromkeys(tuple(case[name] for name in names) for case in cases):
+        line = chosen(cases, **dict(zip(names, title, strict=True)))
+        found = {case["batch_size"]: case for case in line}
+        cells = [_attack_cell(found[s]) if s in found else "–" for s in sizes]
+        rows.append([", ".join(title), *cells])
     head = ["the attack's mean PSNR, dB", *(f"B = {s}" for s in sizes)]
     note = (
         "Mean PSNR, and in brackets the mean floor: the best of a constant image, "
         "another image, and the mean of the batch. The attack is `auto`, labels are "
-        f"inferred, the gradient is in float32; at most {iterations} iterations."
+        f"inferred, the gradient is in float32; at most {iterations} iterations. A dash "
+        "is a case that was not run, or a network whose gradient is all zeros."
     )
     return f"{markdown(head, rows)}\n\n{note}"
 
