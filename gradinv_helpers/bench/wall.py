@@ -530,8 +530,8 @@ def _attack_table(cases: Sequence[Record], iterations: int) -> str:
     note = (
         "Mean PSNR, and in brackets the mean floor: the best of a constant image, "
         "another image, and the mean of the batch. The attack is `auto`, labels are "
-        f"inferred, the gradient is in float32; at most {iterations} iterations. A dash "
-        "is a case that was not run, or a network whose gradient is all zeros."
+        f"inferred, the gradient is in float32; at most {iterations} iterations. A "
+        "dash is a case that was not run, or a network whose gradient is all zeros."
     )
     return f"{markdown(head, rows)}\n\n{note}"
 
