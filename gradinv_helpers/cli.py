@@ -330,6 +330,273 @@ def train_command(
 
 
 @app.command(
+    "train-prior",
+    epilog="Example: gradinv train-prior diffusion --dataset digits --steps 4000",
+)
+def train_prior_command(
+    kind: Annotated[
+        str, typer.Argument(metavar="vae|diffusion", help="What to train.")
+    ],
+    image_size: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "--image-size",
+            help="Height and width of the images (default: 16 for digits, 24 for "
+            "faces, else those of the data set).",
+        ),
+    ] = None,
+    epochs: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "--epochs", help="vae: passes over the training images (default: 50)."
+        ),
+    ] = None,
+    steps: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "--steps", help="diffusion: updates of the weights (default: 4000)."
+        ),
+    ] = None,
+    latent_size: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--latent-size", help="vae: latents of an image (default: 16)."),
+    ] = None,
+    width: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "--width", help="vae: channels of the first convolution (default: 32)."
+        ),
+    ] = None,
+    hidden: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "--hidden", help="vae: units of the linear layers (default: 128)."
+        ),
+    ] = None,
+    batch_size: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "--batch-size", help="Images per step (default: vae 64, diffusion 32)."
+        ),
+    ] = None,
+    lr: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            "--lr",
+            help="Largest step size of Adam (default: vae 3e-3, diffusion 1e-3).",
+        ),
+    ] = None,
+    half: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(
+            "--half/--no-half", help="diffusion: keep 16 bits of every weight."
+        ),
+    ] = None,
+    config: Config = None,
+    dataset: Dataset = None,
+    data_root: DataRoot = None,
+    device: Device = None,
+    seed: Seed = None,
+    output_dir: OutputDir = None,
+) -> None:
+    """Train a prior of images on the train split and save it.
+
+    A tenth of the split is held out to measure the prior; the test split, where
+    victims come from, is never seen. Writes a folder that gradinv diffusion-dlg --prior
+    and load_prior read (outputs/priors/KIND-DATASET), with the numbers of the held-out
+    images in config.json (vae) or prior.json (diffusion), and samples.png. The folder
+    appears whole or not at all. Ctrl-C keeps what was learned so far. A VAE trains on
+    the CPU.
+    """
+    from gradinv_helpers.prior_training import PriorOptions, run_prior_training
+
+    common = _common(load_config(config), dataset, data_root, device, seed, "digits")
+    options = PriorOptions(
+        kind=kind,
+        **common,
+        output_dir=_or(output_dir, f"outputs/priors/{kind}-{common['dataset']}"),
+        image_size=image_size,
+        epochs=epochs,
+        steps=steps,
+        latent_size=latent_size,
+        width=width,
+        hidden=hidden,
+        batch_size=batch_size,
+        lr=lr,
+        half=half,
+    )
+    with _progress_bar("training", 1) as advance:
+        result = run_prior_training(
+            options,
+            on_progress=lambda done, total: advance(done / total),
+            on_stage=_stage,
+        )
+    typer.echo(result.summary)
+    if not result.split:
+        typer.echo(
+            "this data set has no test split, so the prior has seen all of its images: "
+            "take victims from elsewhere"
+        )
+    typer.echo(f"\nwrote to {Path(options.output_dir)}:")
+    typer.echo("  " + "\n  ".join(map(str, result.files)))
+    if result.interrupted:
+        raise _InterruptedError("what was learned so far was measured and written")
+
+
+@app.command(
+    "diffusion-dlg",
+    epilog="Example: gradinv diffusion-dlg --num-clients 2 --samples-per-client 4",
+)
+def diffusion_command(
+    num_clients: Annotated[
+        int, typer.Option("--num-clients", help="Clients that send an update.")
+    ] = 1,
+    samples_per_client: Annotated[
+        int, typer.Option("--samples-per-client", help="Images of each client.")
+    ] = 1,
+    client_id: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "--client-id",
+            help="Attack this client alone, counted from 0 (default: all).",
+        ),
+    ] = None,
+    round_id: Annotated[
+        int,
+        typer.Option(
+            "--round-id",
+            help="Round of the attack. In round r the clients receive a LeNet that was "
+            "trained for r epochs on the train split; 0 is a new one. With "
+            "--model-checkpoint it only names the files.",
+        ),
+    ] = 0,
+    model_checkpoint: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--model-checkpoint",
+            help="Attack this model instead; its images must have the prior's shape.",
+        ),
+    ] = None,
+    attack: Annotated[
+        str,
+        typer.Option(
+            "--attack", help="diffusion-latent, diffusion-posterior or gradinvdiff."
+        ),
+    ] = "diffusion-latent",
+    prior: Annotated[
+        str,
+        typer.Option(
+            "--prior",
+            help="A shipped diffusion model, a folder (of gradinv train-prior or of "
+            "diffusers), or a name on the hub.",
+        ),
+    ] = "diffusion-digits",
+    steps: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "--steps",
+            help="Steps of the attack (default: 150 for diffusion-latent, else 50).",
+        ),
+    ] = None,
+    restarts: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "--restarts",
+            help="Random starts or draws, of which the one that explains the update "
+            "best is kept (default: 4 for diffusion-posterior, else 1).",
+        ),
+    ] = None,
+    lambda_prior: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            "--lambda-prior",
+            help="diffusion-latent: weight of the typical length of the noise; 0 for "
+            "none (default: 2, that of its law).",
+        ),
+    ] = None,
+    lr: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            "--lr",
+            help="diffusion-latent, gradinvdiff: step size of Adam (default: 0.1).",
+        ),
+    ] = None,
+    fix_labels: Annotated[
+        bool,
+        typer.Option(
+            "--fix-labels/--infer-labels",
+            help="Give the attacker the true labels: an upper bound.",
+        ),
+    ] = False,
+    log_every: Annotated[
+        int, typer.Option("--log-every", help="Steps between two losses in the file.")
+    ] = 10,
+    judge: Annotated[
+        bool,
+        typer.Option(
+            "--judge/--no-judge",
+            help="Train a classifier for class accuracy and feature similarity.",
+        ),
+    ] = True,
+    config: Config = None,
+    dataset: Dataset = None,
+    data_root: DataRoot = None,
+    device: Device = None,
+    seed: Seed = None,
+    output_dir: OutputDir = None,
+) -> None:
+    """Reconstruct images from gradients with a diffusion model as the prior.
+
+    Victims are the first images of the test split, which the prior has not seen, in the
+    prior's size. Writes for every client k in round r client_K_round_R.png (truth,
+    reconstruction, and what the prior draws without the update),
+    loss_client_K_round_R.json and metrics_client_K_round_R.json (MSE, PSNR, feature
+    similarity and class accuracy beside their floors), and run.json, to --output-dir
+    (outputs/diffusion_dlg).
+    """
+    from gradinv_helpers.diffusion_experiment import (
+        DiffusionOptions,
+        run_diffusion_inversion,
+    )
+
+    options = DiffusionOptions(
+        **_common(load_config(config), dataset, data_root, device, seed, "digits"),
+        output_dir=_or(output_dir, "outputs/diffusion_dlg"),
+        attack=attack,
+        prior=prior,
+        num_clients=num_clients,
+        samples_per_client=samples_per_client,
+        client_id=client_id,
+        round_id=round_id,
+        model_checkpoint=model_checkpoint,
+        steps=steps,
+        restarts=restarts,
+        log_every=log_every,
+        lambda_prior=lambda_prior,
+        lr=lr,
+        fix_labels=fix_labels,
+        judge=judge,
+    )
+    first = options.clients[0]
+    with _progress_bar(options.attack, len(options.clients)) as advance:
+        result = run_diffusion_inversion(
+            options,
+            on_stage=_stage,
+            on_step=lambda step: advance(
+                step.client - first + step.iteration / step.iterations
+            ),
+        )
+    for client, found in result.scores.items():
+        typer.echo(f"\nclient {client}, round {round_id}\n{found.table()}")
+        for note in result.notes[client]:
+            typer.echo(note)
+    typer.echo(f"\nwrote to {Path(options.output_dir)}:")
+    typer.echo("  " + "\n  ".join(path.name for path in result.files))
+    if result.interrupted:
+        raise _InterruptedError("the best so far was scored and written")
+
+
+@app.command(
     "bench",
     epilog="Example: gradinv bench --suite single --dataset photos --images 20",
 )
@@ -466,7 +733,7 @@ def _with_option(error: InputError) -> str:
     text = str(error)
     group: Any = typer.main.get_command(app)
     if any(
-        error.argument == param.name
+        error.argument == param.name and param.param_type_name == "option"
         for command in group.commands.values()
         for param in command.params
     ):

@@ -14,6 +14,7 @@ from gradinv_helpers.attacks.invert import invert
 from gradinv_helpers.attacks.map_search import MapEstimate, map_estimate
 from gradinv_helpers.attacks.reconstruction import Step
 from gradinv_helpers.attacks.replay import local_batches
+from gradinv_helpers.classifier import train_classifier
 from gradinv_helpers.data import Images, load_images
 from gradinv_helpers.errors import InputError
 from gradinv_helpers.metrics import LeakageScore, score
@@ -25,8 +26,10 @@ SIDE = 16
 SHUFFLE = 0  # of the client; its second epoch is the first one turned round
 
 
-def drawn(dataset: str = "digits", count: int = 2, seed: int = 0) -> Images:
-    pool = load_images(dataset, image_size=SIDE)
+def drawn(
+    dataset: str = "digits", count: int = 2, seed: int = 0, split: str = "train"
+) -> Images:
+    pool = load_images(dataset, split=split, image_size=SIDE)
     generator = torch.Generator().manual_seed(seed)
     return pool[torch.randperm(len(pool), generator=generator)[:count]]
 
@@ -338,3 +341,22 @@ def test_an_order_that_was_found_can_change_again() -> None:
     update = local_update(model, images, recipe, seed=3)
     found = map_estimate(update, iterations=8, restarts=1, last_level=5e-3)
     assert len(found.stages) >= 3
+
+
+def test_trained_networks_need_the_features_first(monkeypatch) -> None:
+    """From grey images alone the search ends far from the update."""
+    train = load_images("photos", image_size=SIDE)
+    truth = drawn("photos", split="test")
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Flatten(), nn.Linear(3 * SIDE**2, 64), nn.Sigmoid(), nn.Linear(64, 10)
+    )
+    model = train_classifier(train, model=network, epochs=1, lr=1e-2, seed=0).model
+    update = local_update(model, truth)
+    found = map_estimate(update, iterations=12)
+    assert found.stages[-1].misfit < 1e-2
+    assert min(gains(score(found.reconstruction, truth))) > 15
+    monkeypatch.setattr(
+        map_search._Annealing, "_fit_features", lambda self, point: point
+    )
+    assert map_estimate(update, iterations=12).stages[-1].misfit > 0.1

@@ -163,7 +163,6 @@ def _latent(job: Job) -> Reconstruction:
         job.update,
         _diffusion(job),
         restarts=job.restarts or 1,
-        **_steps(job),
         **_common(job),
     )
 
@@ -175,7 +174,6 @@ def _guided(job: Job) -> Reconstruction:
         job.update,
         _diffusion(job),
         draws=job.restarts or 4,
-        **_steps(job),
         **_common(job),
     )
 
@@ -187,7 +185,6 @@ def _optimised_means(job: Job) -> Reconstruction:
         job.update,
         _diffusion(job),
         restarts=job.restarts or 1,
-        **_steps(job),
         **_common(job),
     )
 
@@ -196,16 +193,14 @@ def _diffusion(job: Job) -> DiffusionPrior:
     return cast("DiffusionPrior", job.prior)  # ``prior_for`` has made sure of it
 
 
-def _steps(job: Job) -> dict[str, int]:
-    return {} if job.iterations is None else {"steps": job.iterations}
-
-
 def _common(job: Job) -> dict[str, Any]:
+    steps = {} if job.iterations is None else {"steps": job.iterations}
     return {
         "labels": job.labels,
         "seed": job.seed,
         "on_step": job.on_step,
         "client": job.client,
+        **steps,
     }
 
 

@@ -9,9 +9,10 @@ where it is the larger part of the variance; noise that it does not state shows 
 residual that no longer falls with the level, and is then treated likewise.
 
 Two things make this robust. Where the gradient of the last layer can be taken apart,
-the features of every image are further equations, in which images do not mix. Where it
-cannot, several starts are taken, and images of one class, which are what mixes, are
-exchanged between them wherever that lowers the energy.
+the features of every image are further equations, in which images do not mix, and
+images that have these features, found first, are a start from which trained networks
+are inverted, too. Where it cannot, several starts are taken, and images of one
+class, which are what mixes, are exchanged between them wherever that lowers the energy.
 
 Behind networks whose slope jumps (ReLU) the squared error is jagged. There the
 likelihood is that of a gradient of unknown length, the cosine, and Adam follows it.
@@ -21,6 +22,7 @@ Taught in: notebooks/04_aggregated_gradients.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
@@ -67,7 +69,11 @@ _ROUNDING, _MOST_NOISE = 1e-4, 0.1
 _EXCHANGE_ITERATIONS = 4
 _SMALL_START, _WIDE_START = 0.1, 1.0  # standard deviations of the latents
 _COSINE_LEVELS = (1e-2, 1e-3)
+_FEATURE_LEVELS, _FEATURE_ITERATIONS = (0.3, 0.1, 0.03, 0.01), 3
 _ADAM_STEP = 0.3
+
+
+Energy = Callable[[Tensor], tuple[Tensor, Tensor]]  # (T, size) -> (T,), (T, size)
 
 
 @dataclass(frozen=True)
@@ -308,9 +314,22 @@ class _Annealing:
             point, done = kept
         elif self.by_replay and self.inferred and self.restarts > 1:
             point, done = self._try_labels(point)
+        elif self.posterior.features is not None:
+            point = self._fit_features(point)
         if done < len(self.levels):
             self._follow(point, self.levels[done:], keep=True)
         self.stopped = self.stopped or "the last level is flat"
+
+    def _fit_features(self, point: Tensor) -> Tensor:
+        """Images with the known inputs of the last layer, whatever their gradient.
+
+        Its iterations are forward passes, which the budget of the annealing leaves out.
+        """
+        for level in _FEATURE_LEVELS:
+            energy = functools.partial(self.posterior.feature_energy, level=level)
+            point, _ = self._minimise(energy, point, _FLAT, _FEATURE_ITERATIONS)
+        self.spent, self.losses = 0, []
+        return point
 
     def _follow(
         self, point: Tensor, levels: Sequence[float], *, keep: bool = False
@@ -505,8 +524,14 @@ class _Annealing:
         self, points: Tensor, level: float, flat: float, iterations: int
     ) -> tuple[Tensor, Tensor]:
         """Minimise the energy of all points (T, size) at one level."""
-        posterior, single = self.posterior, len(points) == 1
-        spent = self.spent
+        energy = functools.partial(self.posterior.energy, level=level)
+        return self._minimise(energy, points, flat, iterations)
+
+    def _minimise(
+        self, energy: Energy, points: Tensor, flat: float, iterations: int
+    ) -> tuple[Tensor, Tensor]:
+        """L-BFGS from points (T, size): where it ends, and the energies there."""
+        single, spent = len(points) == 1, self.spent
 
         def inspect(trial: int, state: TrialState) -> str:
             if trial == 0:
@@ -524,7 +549,7 @@ class _Annealing:
 
         self.stopped = ""
         states = Minimiser(
-            lambda x, trials: posterior.energy(x, level),
+            lambda x, trials: energy(x),
             points,
             inspect=inspect,
             replace=lambda trial, state: None,
@@ -591,7 +616,10 @@ class _Annealing:
 
     def _follow_cosine(self) -> None:
         """Adam on the cosine, level and step falling together."""
-        points = self._starts(1, _SMALL_START).requires_grad_()
+        points = self._starts(1, _SMALL_START)
+        if self.posterior.features is not None:
+            points = self._follow_features(points)
+        points = points.requires_grad_()
         updates = 20 * self.iterations
         optimiser = torch.optim.Adam([points], lr=_ADAM_STEP)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, updates)
@@ -613,6 +641,21 @@ class _Annealing:
         self.best = points.detach()[0].clone()
         self.stopped = "all iterations used"
         self._report_trial(float(energy[0]))
+
+    def _follow_features(self, points: Tensor) -> Tensor:
+        """Adam on the features alone, from a grey image to one that has them."""
+        points = points.requires_grad_()
+        updates = 5 * self.iterations
+        optimiser = torch.optim.Adam([points], lr=_ADAM_STEP)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, updates)
+        first, last = _FEATURE_LEVELS[0], _FEATURE_LEVELS[-1]
+        for number in range(updates):
+            level = first * (last / first) ** (number / updates)
+            _, slope = self.posterior.feature_energy(points.detach(), level)
+            points.grad = slope * level**2
+            optimiser.step()
+            schedule.step()
+        return points.detach()
 
     # --- common -----------------------------------------------------------------
 

@@ -252,6 +252,14 @@ class Posterior:
         slope = self.prior.pull_back(latents, to_images) / level**2 + 2 * latents
         return energy, slope.flatten(1)
 
+    def feature_energy(self, points: Tensor, level: float) -> tuple[Tensor, Tensor]:
+        """Energy of the features alone: relative gap² / level² + ||u||²."""
+        latents = points.unflatten(-1, (self.num_samples, self.prior.size))
+        gap, to_images = self._feature_gap(self.prior.decode(latents))
+        energy = gap.double() / level**2 + latents.double().square().sum((1, 2))
+        slope = self.prior.pull_back(latents, to_images / level**2) + 2 * latents
+        return energy, slope.flatten(1)
+
     def _feature_gap(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Relative squared error (A,) of the last layer's inputs, and its slope."""
         assert self.features is not None

@@ -15,4 +15,5 @@ SUITES: tuple[str, ...] = (
     "batch",
     "wall",
     "fedavg",
+    "priors",
 )
