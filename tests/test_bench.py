@@ -19,6 +19,7 @@ from gradinv_helpers.bench import (
     SUITES,
     batch,
     fedavg,
+    priors,
     runner,
     single,
     suite,
@@ -247,6 +248,26 @@ def check_fedavg(result: dict) -> None:
         assert set(record["floors"]) == {"constant", "random_image", "batch_mean"}
 
 
+def check_priors(result: dict) -> None:
+    summaries = result["summary"]["cases"]
+    for case, methods in priors.cases(quick=True):
+        ours = [s for s in summaries if case.facts.items() <= s.items()]
+        assert [s["method"] for s in ours] == [*priors.GUESSES, *methods]
+        guesses = ours[: len(priors.GUESSES)]
+        for summary in ours:
+            assert summary["floor"] >= max(g["psnr"]["value"] for g in guesses) - 1e-3
+            gain = summary["psnr"]["value"] - summary["floor"]
+            assert summary["gain"]["value"] == pytest.approx(gain, abs=1e-3)
+            assert summary["identified_by_chance"] == pytest.approx(1 / 360, rel=0.01)
+            told = summary["method"] == priors.SOFT and case.noise > 0
+            assert (summary["bits_per_image"] is not None) == told
+    for record in result["records"]:
+        assert len(record["psnr"]) == record["images"] == record["labels_right"]
+        if record["method"] == priors.SPECTRUM:  # one iteration is worth something
+            assert min(record["psnr"]) > max(map(max, record["floors"].values()))
+    assert result["notes"]["models"]["convnet, trained"]["victims_unseen"]
+
+
 CHECKS: dict[str, Callable[[dict], None]] = {
     "single": check_single,
     "trials": check_trials,
@@ -256,6 +277,7 @@ CHECKS: dict[str, Callable[[dict], None]] = {
     "batch": check_batch,
     "wall": check_wall,
     "fedavg": check_fedavg,
+    "priors": check_priors,
 }
 
 

@@ -367,7 +367,7 @@ def test_victims_are_not_in_the_training_set(shipped):
     )
     train = load_images("digits", split="train", image_size=16)
     test = load_images("digits", split="test", image_size=16)
-    used = about["training_indices"]
+    used = about["train_indices"]
     assert used == list(range(len(train))) and about["training_images"] == len(used)
     seen = {hashed(x) for x in train.pixels[used]}
     assert not seen & {hashed(x) for x in test.pixels}
