@@ -24,10 +24,8 @@ from gradinv_helpers.priors.vae_files import PRETRAINED, spectral
 from gradinv_helpers.priors.vae_network import VAENetwork, elbo_terms, span_of, vae_loss
 from gradinv_helpers.priors.vae_training import (
     VAEEpoch,
-    VAEOptions,
     fitted_residual,
     measured,
-    run_vae_training,
     train_vae,
 )
 
@@ -502,21 +500,6 @@ def test_weights_that_are_not_finite_are_refused(
 def test_unknown_folder() -> None:
     with pytest.raises(InputError, match=r"a folder with config\.json"):
         VAEPrior.load("vae-nothing")
-
-
-def test_training_into_a_folder(tmp_path: Path) -> None:
-    options = VAEOptions(
-        "faces", str(tmp_path / "new"), image_size=6, epochs=1, width=2, hidden=4
-    )
-    made, folder = run_vae_training(options)
-    config = json.loads((folder / "config.json").read_text())
-    assert config["command"] == (
-        "gradinv train-prior vae --dataset faces --image-size 6 --epochs 1 "
-        "--latent-size 16 --width 2 --hidden 4 --seed 0 --output-dir FOLDER"
-    )
-    assert (config["dataset"], config["split"]) == ("faces", "train")
-    assert "torch" in config["versions"]
-    assert made.name == "vae-faces"
 
 
 # The shipped priors

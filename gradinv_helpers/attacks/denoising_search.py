@@ -159,8 +159,8 @@ def invert_denoising(
             scanned, source = _find_steps(problem, optimiser, seed)
         steps = min(scanned, key=lambda glance: glance.energy).steps
         search = _Search(_Energy(problem, steps), optimiser, iterations, on_step)
-        pixels = _Energy(_Problem(update, gaussian, noise, distance), steps)
-        search.run(restarts, seed, pixels if refine else None)
+        refined = _Energy(_Problem(update, gaussian, noise, distance), steps)
+        search.run(restarts, seed, refined if refine else None)
     attack = "gidm+" if noise is None else "gidm"
     report, found_noise = search.report(attack, seed, begun)
     return DenoisingEstimate(
@@ -417,7 +417,7 @@ class _Search:
             return self.refined
         return min(self.trials, key=lambda t: (t.energy, t.losses[-1:] or [math.inf]))
 
-    def run(self, restarts: int, seed: int, pixels: _Energy | None) -> None:
+    def run(self, restarts: int, seed: int, refined: _Energy | None) -> None:
         """Anneal from every start, the best one once more with another energy.
 
         Ctrl-C ends it with what is there.
@@ -429,17 +429,17 @@ class _Search:
                 self._anneal(self.trials[-1], self.iterations)
                 if self.trials[-1].losses[-1] < _SOLVED:
                     break
-            if pixels is not None:
-                self._go_on(self.best, pixels)
+            if refined is not None:
+                self._go_on(self.best, refined)
         except KeyboardInterrupt:
             if not self.trials or not self.trials[0].losses:
                 raise
             self.best.stopped = "interrupted"
 
-    def _go_on(self, trial: _Trial, pixels: _Energy) -> None:
+    def _go_on(self, trial: _Trial, refined: _Energy) -> None:
         _, images, noise = self.energy.parts(trial.point[None])
-        self.energy, self.refined = pixels, trial
-        trial.point = pixels.point(images, noise)
+        self.energy, self.refined = refined, trial
+        trial.point = refined.point(images, noise)
         self._anneal(trial, 2 * self.iterations)
 
     def _anneal(self, trial: _Trial, iterations: int) -> None:

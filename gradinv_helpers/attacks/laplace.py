@@ -172,7 +172,7 @@ class LaplaceApproximation:
     @torch.no_grad()
     def pixel_std(self) -> Tensor:
         """Standard deviation of every pixel (N, C, H, W), the decoder linearised."""
-        pixels = math.prod(self.prior.image_shape)
+        values = math.prod(self.prior.image_shape)
         seen = self._of_images()
         parts = []
         for rows in _decoder_rows(self.prior, self.latents):  # (N, part, d)
@@ -182,7 +182,7 @@ class LaplaceApproximation:
                 known = (rows @ seen).square() * self._share()
                 parts.append(rows.square().sum(2) - known.sum(2))
         variance = torch.cat(parts, 1).clamp_min(0)
-        assert variance.shape[1] == pixels
+        assert variance.shape[1] == values
         return variance.sqrt().view(-1, *self.prior.image_shape)
 
     @property
@@ -290,8 +290,8 @@ class LatentJacobian:
         self.sizes = [shape.numel() for shape in self.shapes]
         self.parts: list[Linearisation] = []  # each image's own, or that of all
         self.decoder = like.new_zeros(0)
-        pixels = math.prod(posterior.prior.image_shape)
-        fits = 8 * pixels * self.latents.numel() <= _MOST_BYTES
+        values = math.prod(posterior.prior.image_shape)
+        fits = 8 * values * self.latents.numel() <= _MOST_BYTES
         update = posterior.update
         if fits and not (self.posterior.steps or update.normalized):
             self._linearise()
@@ -407,9 +407,9 @@ def _bits(singular_values: Tensor) -> Tensor:
 def _decoder_rows(prior: ImagePrior, latents: Tensor) -> list[Tensor]:
     """The decoder's Jacobian at latents (N, d), in parts (N, pixels, d) of its rows."""
     count, shape = len(latents), prior.image_shape
-    pixels = math.prod(shape)
-    eye = torch.eye(pixels, dtype=latents.dtype, device=latents.device)
-    step = max(1, _CHUNK_BYTES // (8 * count * (8 * pixels + prior.size)))
+    values = math.prod(shape)
+    eye = torch.eye(values, dtype=latents.dtype, device=latents.device)
+    step = max(1, _CHUNK_BYTES // (8 * count * (8 * values + prior.size)))
     parts = []
     for rows in eye.split(step):
         slopes = rows.view(-1, 1, *shape).expand(-1, count, *shape)

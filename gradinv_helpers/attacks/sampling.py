@@ -345,7 +345,7 @@ def _halves(draws: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class CalibrationRanks:
-    """Ranks of known truths among draws from their posteriors.
+    """Ranks of known latents among draws from their posteriors.
 
     Args:
         ranks: For every replicate and every quantity, how many of the draws lie
@@ -397,7 +397,7 @@ def calibration_ranks(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> CalibrationRanks:
-    r"""Test a sampler by simulation: rank truths among draws from their posteriors.
+    r"""Test a sampler by simulation: rank known latents among draws.
 
     Each replicate draws latents from the prior, computes the gradient of their images,
     adds noise, and samples the posterior from a start in the prior. If the sampler
@@ -410,7 +410,7 @@ def calibration_ranks(
 
     Args:
         model: Any classifier whose gradients are meant.
-        prior: Where truths come from.
+        prior: Where the known latents come from.
         labels: Label of every image (N,), known to the sampler.
         noise_std: Standard deviation of the noise in every entry of a gradient.
         replicates: Truths, sampled together, one chain each.
@@ -421,7 +421,7 @@ def calibration_ranks(
         leapfrog: As for ``sample_posterior``.
         temperature: What the log-density is divided by; 1 is right. Others show what
             a wrong law looks like.
-        seed: Seed of truths, noise and chains.
+        seed: Seed of latents, noise and chains.
 
     Returns:
         The ranks.
@@ -450,11 +450,11 @@ def calibration_ranks(
         return drawn.to(like.device)
 
     own = prior.to(like.detach()).given(labels)
-    truths = noise(replicates, len(labels), prior.size)
-    classes = model(own.decode(truths[0])).shape[1]
-    targets = nn.functional.one_hot(labels.to(like.device), classes).to(truths)
+    simulated = noise(replicates, len(labels), prior.size)
+    classes = model(own.decode(simulated[0])).shape[1]
+    targets = nn.functional.one_hot(labels.to(like.device), classes).to(simulated)
     found, _ = gradient_map(model)(
-        own.decode(truths), targets.expand(replicates, -1, -1)
+        own.decode(simulated), targets.expand(replicates, -1, -1)
     )
     sent = [gradient + noise_std * noise(*gradient.shape) for gradient in found]
     first = SharedUpdate(
@@ -481,7 +481,7 @@ def calibration_ranks(
         seed=seed + 1,
     )
     walk.run(warmup, draws, thin, lambda: None)
-    flat = truths.flatten(1)
+    flat = simulated.flatten(1)
     quantities = [
         torch.cat([points, energies[..., None], norms[..., None]], -1)
         for points, energies, norms in (

@@ -18,7 +18,6 @@ Taught in: notebooks/06_diffusion_prior.
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import math
 import re
@@ -635,10 +634,11 @@ def _read_about(folder: Path) -> dict[str, Any]:
 def _diffusers() -> Any:
     """The library, loaded where it is first needed."""
     try:
-        return importlib.import_module("diffusers")
+        import diffusers
     except ImportError as error:
         hint = "install it with: pip install 'gradinv-helpers[diffusion]'"
         raise InputError("prior", "the package diffusers", "none", hint) from error
+    return diffusers
 
 
 def _converted(unet: nn.Module, like: Tensor) -> nn.Module:

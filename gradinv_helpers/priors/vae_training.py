@@ -9,7 +9,6 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradinv_helpers.compute import cpu_threads, private_randomness
-from gradinv_helpers.data import Images, load_images
+from gradinv_helpers.data import Images
 from gradinv_helpers.errors import (
     InputError,
     check_choice,
@@ -25,8 +24,6 @@ from gradinv_helpers.errors import (
     check_number,
     check_seed,
 )
-from gradinv_helpers.files import prepare_folder
-from gradinv_helpers.image_metrics import decibels
 from gradinv_helpers.priors.gaussian import CovariancePrior, SpectrumPrior, fit_gaussian
 from gradinv_helpers.priors.vae import VAEPrior
 from gradinv_helpers.priors.vae_files import spectral
@@ -361,82 +358,10 @@ def measured(
     return best, measures
 
 
-@dataclass(frozen=True)
-class VAEOptions:
-    """Everything that ``gradinv train-prior vae`` can be told; see its ``--help``.
-
-    Raises:
-        InputError: A value is unknown or out of range.
-    """
-
-    dataset: str
-    output_dir: str
-    data_root: str | None = None
-    image_size: int | None = None
-    epochs: int = 50
-    latent_size: int = 16
-    width: int = 32
-    hidden: int = 128
-    seed: int = 0
-
-    @property
-    def command(self) -> str:
-        """The command line that trains the same prior again."""
-        words = ["gradinv train-prior vae", f"--dataset {self.dataset}"]
-        if self.image_size is not None:
-            words.append(f"--image-size {self.image_size}")
-        for option in ("epochs", "latent_size", "width", "hidden", "seed"):
-            words.append(f"--{option.replace('_', '-')} {getattr(self, option)}")
-        return " ".join([*words, "--output-dir FOLDER"])
-
-
-def run_vae_training(
-    options: VAEOptions, *, on_epoch: Callable[[VAEEpoch], None] | None = None
-) -> tuple[VAEPrior, Path]:
-    """Train on the ``train`` split and write the prior's folder.
-
-    Args:
-        options: What to train on, and how.
-        on_epoch: Called after every epoch.
-
-    Returns:
-        The prior, and the folder with ``config.json`` and ``model.safetensors``.
-
-    Raises:
-        InputError: An option does not fit, or the folder cannot be written to.
-
-    Taught in: notebooks/05_vae_prior.
-    """
-    from gradinv_helpers.experiment import versions
-
-    images = load_images(
-        options.dataset, data_root=options.data_root, image_size=options.image_size
-    )
-    folder = prepare_folder(options.output_dir, "output_dir")
-    prior = train_vae(
-        images,
-        epochs=options.epochs,
-        latent_size=options.latent_size,
-        width=options.width,
-        hidden=options.hidden,
-        seed=options.seed,
-        name=f"vae-{options.dataset}",
-        on_epoch=on_epoch,
-    )
-    source = {
-        "command": options.command,
-        "dataset": options.dataset,
-        "split": "train",
-        "image_size": images.shape[1],
-        "versions": versions(),
-    }
-    prior = replace(prior, about={**source, **prior.about})
-    return prior, prior.save(folder)
-
-
-def _psnr(found: Tensor, true: Tensor) -> float:
+def _psnr(found: Tensor, wanted: Tensor) -> float:
     """Mean PSNR in dB."""
-    return float(decibels((found - true).flatten(1).square().mean(1)).mean())
+    errors = (found - wanted).flatten(1).square().mean(1)
+    return float(-10 * errors.log10().mean())
 
 
 def _split(count: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
