@@ -623,12 +623,15 @@ def bench_command(
         Optional[int],  # noqa: UP045
         typer.Option(
             "--repeats",
-            help="trials: rounds of timing; labels, networks: batches of each kind.",
+            help="trials: rounds of timing; others: batches, or seeds, of each kind.",
         ),
     ] = None,
     iterations: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option("--iterations", help="table1, networks: updates of signed Adam."),
+        typer.Option(
+            "--iterations",
+            help="Of every attack: updates in table1 and networks, else rounds of 20.",
+        ),
     ] = None,
     quick: Annotated[
         bool,
@@ -645,7 +648,9 @@ def bench_command(
 
     single: one image, quality and time. trials: many images at once. labels: which
     labels an update gives away. table1: the design of Table 1 of Inverting Gradients.
-    networks: batches behind ConvNet and ResNet-18.
+    networks: batches behind ConvNet and ResNet-18. batch: aggregates behind LeNet.
+    wall: what a gradient determines. fedavg: weight changes of several local steps.
+    priors: VAE and diffusion beside Gaussian priors (--dataset digits).
     Writes a table, a plot and a JSON file with every measurement and the facts of the
     machine to --output-dir (outputs/bench). After Ctrl-C the same command goes on.
     """
