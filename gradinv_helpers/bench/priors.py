@@ -213,8 +213,11 @@ def _ended(stopped: str) -> Record:
 
 
 def _exact(scene: Scene) -> Made:
+    """Images that algebra did not find are grey."""
     found = invert(scene.update, attack="exact", labels=scene.labels, seed=scene.seed)
-    return Made(found.images)
+    missing = len(scene.labels) - len(found.images)
+    grey = torch.full((max(0, missing), *found.images.shape[1:]), 0.5)
+    return Made(torch.cat([found.images, grey]))
 
 
 def _map(scene: Scene, prior: ImagePrior | str) -> Made:

@@ -49,6 +49,7 @@ from gradinv_helpers.bench.suite import (
 )
 from gradinv_helpers.classifier import accuracy, train_classifier
 from gradinv_helpers.data import Images, load_images
+from gradinv_helpers.errors import InputError
 from gradinv_helpers.metrics import score
 from gradinv_helpers.models import _resnet20, build_model
 from gradinv_helpers.updates import local_update
@@ -253,7 +254,10 @@ class _Bench:
             restarts=1,
             seed=self.setting.seed + k,
         )
-        found, seconds = timed(attack, self.setting.device)
+        try:
+            found, seconds = timed(attack, self.setting.device)
+        except InputError as error:  # a gradient that overflows in every start
+            return {**about, "psnr": None, "why": str(error)}
         stop_if_interrupted(found)
         result = score(found, truth, others=self.test)
         return {
@@ -531,7 +535,7 @@ def _attack_table(cases: Sequence[Record], iterations: int) -> str:
         "Mean PSNR, and in brackets the mean floor: the best of a constant image, "
         "another image, and the mean of the batch. The attack is `auto`, labels are "
         f"inferred, the gradient is in float32; at most {iterations} iterations. A "
-        "dash is a case that was not run, or a network whose gradient is all zeros."
+        "dash is a case that was not run, or a gradient that is zero or overflows."
     )
     return f"{markdown(head, rows)}\n\n{note}"
 
