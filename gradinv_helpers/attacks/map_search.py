@@ -327,7 +327,9 @@ class _Annealing:
         """
         for level in _FEATURE_LEVELS:
             energy = functools.partial(self.posterior.feature_energy, level=level)
-            point, _ = self._minimise(energy, point, _FLAT, _FEATURE_ITERATIONS)
+            point, _ = self._minimise(
+                energy, point, _FLAT, _FEATURE_ITERATIONS, quiet=True
+            )
         self.spent, self.losses = 0, []
         return point
 
@@ -528,7 +530,13 @@ class _Annealing:
         return self._minimise(energy, points, flat, iterations)
 
     def _minimise(
-        self, energy: Energy, points: Tensor, flat: float, iterations: int
+        self,
+        energy: Energy,
+        points: Tensor,
+        flat: float,
+        iterations: int,
+        *,
+        quiet: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """L-BFGS from points (T, size): where it ends, and the energies there."""
         single, spent = len(points) == 1, self.spent
@@ -538,7 +546,7 @@ class _Annealing:
                 self.spent = spent + len(state.trace) - 1
             if single:
                 self.best = state.point.clone()
-                self._tell(state.point)
+                self._tell(state.point, quiet=quiet)
             if len(state.trace) > iterations:
                 self.stopped = "all iterations used"
                 return "all iterations used"
@@ -664,10 +672,10 @@ class _Annealing:
         noise = torch.randn(count, self.posterior.size, generator=generator)
         return (scale * noise).to(self.posterior.like)
 
-    def _tell(self, point: Tensor) -> None:
+    def _tell(self, point: Tensor, *, quiet: bool = False) -> None:
         loss = float(self.posterior.misfit(point[None])[0])
         self.losses.append(loss)
-        if self.on_step is not None:
+        if self.on_step is not None and not quiet:
             self.on_step(Step(self.client, 0, self.spent, loss, self.iterations, False))
 
     def _report_trial(self, energy: float) -> None:
