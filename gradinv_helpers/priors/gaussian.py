@@ -26,7 +26,6 @@ from torch import Tensor
 
 from gradinv_helpers.errors import InputError, check_choice, check_count, check_number
 
-PRIORS: tuple[str, ...] = ("spectrum",)
 FORMS: tuple[str, ...] = ("spectrum", "covariance")
 
 # Photographs in [0, 1]: mean and variance of their values, and the shares of the
@@ -295,25 +294,6 @@ def fit_gaussian(
         colours=(vectors * values.clamp_min(1e-6).sqrt()).T,
         name="fitted spectrum",
     )
-
-
-def load_prior(name: str, image_shape: Sequence[int]) -> SpectrumPrior:
-    """Return a prior by its name.
-
-    Args:
-        name: ``spectrum``: the data-free Gaussian of photographs.
-        image_shape: Shape (C, H, W) of the images under attack.
-
-    Returns:
-        The prior.
-
-    Raises:
-        InputError: The name or the shape is unknown.
-
-    Taught in: notebooks/04_aggregated_gradients.
-    """
-    check_choice("prior", name, PRIORS)
-    return spectrum_prior(image_shape)
 
 
 def cosine_transform(size: int) -> Tensor:
