@@ -251,8 +251,8 @@ def _prior_and_images(
     channels, height, width = prior.image_shape
     if height != width:
         raise InputError("prior", "a model of square images", f"{height} x {width}")
-    where = {"data_root": options.data_root, "image_size": height}
-    pool = load_images(options.dataset, **where, split="test")  # type: ignore[arg-type]
+    where: dict[str, Any] = {"data_root": options.data_root, "image_size": height}
+    pool = load_images(options.dataset, **where, split="test")
     if pool.shape[0] != channels:
         raise InputError(
             "prior",
@@ -275,7 +275,7 @@ def _prior_and_images(
             "lower --num-clients or --samples-per-client",
         )
     if is_split(options.dataset, options.data_root):
-        return prior, pool, load_images(options.dataset, **where)  # type: ignore[arg-type]
+        return prior, pool, load_images(options.dataset, **where)
     rest = list(range(wanted, len(pool)))
     return prior, pool, pool[rest] if rest else None
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from gradinv_helpers.priors.diffusion import DiffusionPrior
 
 _ITERATIONS, _RESTARTS = 200, 3  # of a search
-_CHAINS, _MOVES = 4, 800  # of a sampler, and what it moves in one iteration
-_UPDATES = 20
+_CHAINS, _MOVES = 4, 800  # of a sampler
+_UPDATES = 20  # or moves, in one iteration
 _LEVEL = 1e-2  # tempering of the draws where the update states no noise
 _SHOWN = 12  # draws among the snapshots
 

@@ -358,7 +358,8 @@ class DiffusionPrior:
     @property
     def knows_classes(self) -> bool:
         """Whether the network takes the class of an image."""
-        return bool(self.unet.config.num_class_embeds)  # type: ignore[union-attr]
+        config: Any = self.unet.config
+        return bool(config.num_class_embeds)
 
     @property
     def num_classes(self) -> int:
