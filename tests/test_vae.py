@@ -20,6 +20,7 @@ from gradinv_helpers.data import Images, load_images
 from gradinv_helpers.errors import InputError
 from gradinv_helpers.priors.gaussian import CovariancePrior, ImagePrior
 from gradinv_helpers.priors.vae import SoftVAEPrior, VAEPrior
+from gradinv_helpers.priors.vae_codes import CodeLaw
 from gradinv_helpers.priors.vae_files import PRETRAINED, spectral
 from gradinv_helpers.priors.vae_network import VAENetwork, elbo_terms, span_of, vae_loss
 from gradinv_helpers.priors.vae_training import (
@@ -59,13 +60,19 @@ def prior(
         count = math.prod(shape)
         half = 0.1 * normal(count, count, seed=1) / count**0.5
         root = half @ half.T + 0.05 * torch.eye(count).double()
-        return VAEPrior(
-            network(shape, **options),
-            CovariancePrior(torch.zeros(shape).double(), root),
-        )
+        gaps = CovariancePrior(torch.zeros(shape).double(), root)
+        made = network(shape, **options)
+        return VAEPrior(made, gaps, codes=law(made))
     deviations = 0.05 + 0.1 * normal(*sides, seed=1).abs()
     mix = torch.eye(channels).double() + 0.2 * normal(channels, channels, seed=2)
-    return VAEPrior(network(shape, **options), spectral(deviations, mix))
+    made = network(shape, **options)
+    return VAEPrior(made, spectral(deviations, mix), codes=law(made))
+
+
+def law(made: VAENetwork) -> CodeLaw:
+    count, size = max(made.num_classes, 1), made.latent_size
+    roots = 0.2 * normal(count, size, size, seed=4).tril() + torch.eye(size)
+    return CodeLaw(normal(count, size, seed=3).double(), roots.double())
 
 
 def bars(count: int = 120, size: int = 8) -> Images:
@@ -258,7 +265,7 @@ def test_weighted_estimate_finds_a_likelihood_that_is_known() -> None:
     net = network((1, 8, 8), num_classes=2)
     with torch.no_grad():
         net.from_latents[0].weight[:, :4] = 0
-    hard = replace(prior((1, 8, 8)), network=net)
+    hard = replace(prior((1, 8, 8)), network=net, codes=None)
     images = bars(10)
     bound = hard.given(images.labels)
     pixels = images.pixels.double()

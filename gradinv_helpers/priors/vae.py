@@ -3,11 +3,16 @@ r"""A variational autoencoder as an image prior: what a network learned of image
 A decoder D turns d standard normal numbers z, and the class y, into an image; an
 encoder q guesses z from an image. The VAE says how images come about:
 
-.. math:: z \sim N(0, I_d), \qquad x = D(z, y) + S \eta, \qquad \eta \sim N(0, I).
+.. math:: z = m_y + L_y u, \quad u \sim N(0, I_d), \qquad
+   x = D(z, y) + S \eta, \quad \eta \sim N(0, I).
+
+Training assumes codes z of mean 0 and covariance I; the mean :math:`m_y` and the root
+:math:`L_y` of each class are fitted to the codes of the training images afterwards. The
+latents of an image are u, standard normal as for every prior of this package.
 
 The *hard* prior keeps D alone: an image is d numbers, however many pixels it has, so
 even the gradient of a large batch has more equations than unknowns, and what D cannot
-draw is out of reach. The *soft* prior keeps both terms: its latents are (z, η), and the
+draw is out of reach. The *soft* prior keeps both terms: its latents are (u, η), and the
 detail that D misses costs :math:`\tfrac12 \|\eta\|^2`. The root S of the residuals'
 covariance is measured, and its size on images that the training has not seen.
 
@@ -30,6 +35,7 @@ from torch.nn import functional as F
 from gradinv_helpers.errors import InputError, check_count, check_seed
 from gradinv_helpers.priors import vae_files
 from gradinv_helpers.priors.gaussian import CovariancePrior, SpectrumPrior
+from gradinv_helpers.priors.vae_codes import CodeLaw, standard_law
 from gradinv_helpers.priors.vae_network import VAENetwork
 
 if TYPE_CHECKING:
@@ -52,6 +58,7 @@ class VAEPrior:
         about: How the network was trained and measured, as in ``config.json``.
         classes: Classes of the images (N, K), as ones; bound by ``given``.
         name: What the prior is called in reports.
+        codes: Where the codes of each class are; N(0, I) where ``None``.
 
     Source: Kingma and Welling (2014).
     Taught in: notebooks/05_vae_prior.
@@ -62,9 +69,18 @@ class VAEPrior:
     about: Mapping[str, Any] = field(default_factory=dict)
     classes: Tensor | None = None
     name: str = "vae"
+    codes: CodeLaw | None = None
 
     def __post_init__(self) -> None:
         self.network.eval().requires_grad_(False)
+
+    @property
+    def law(self) -> CodeLaw:
+        """The law of the codes, also where it is the standard one."""
+        if self.codes is not None:
+            return self.codes
+        standard = standard_law(self.num_classes, self.size)
+        return standard.to(self.network.log_variance)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -89,7 +105,8 @@ class VAEPrior:
         """
         lead = latents.shape[:-1]
         classes = self._classes(lead, latents)
-        images = self.network.decode(latents.reshape(-1, self.size), classes)
+        codes = self.law.place(latents.reshape(-1, self.size), classes)
+        images = self.network.decode(codes, classes)
         return images.view(*lead, *self.image_shape)
 
     def pull_back(self, latents: Tensor, slopes: Tensor) -> Tensor:
@@ -108,7 +125,8 @@ class VAEPrior:
         lead = images.shape[:-3]
         classes = self._classes(lead, images)
         flat = images.reshape(-1, *self.image_shape)
-        return self.network.encode(flat, classes)[0].view(*lead, self.size)
+        codes = self.network.encode(flat, classes)[0]
+        return self.law.whiten(codes, classes).view(*lead, self.size)
 
     def given(self, labels: Tensor) -> VAEPrior:
         """The same prior for images of these classes (N,), in this order.
@@ -130,6 +148,7 @@ class VAEPrior:
             network=copy.deepcopy(self.network).to(like),
             residual=self.residual.to(like),
             classes=None if self.classes is None else self.classes.to(like),
+            codes=None if self.codes is None else self.codes.to(like),
         )
 
     def soft(self) -> SoftVAEPrior:
@@ -189,14 +208,14 @@ class VAEPrior:
         Raises:
             InputError: A file is missing, damaged, or does not fit the other.
         """
-        network, residual, about = vae_files.read_prior(folder)
+        network, residual, codes, about = vae_files.read_prior(folder)
         name = str(about.pop("name"))
-        return VAEPrior(network, residual, about, name=name)
+        return VAEPrior(network, residual, about, name=name, codes=codes)
 
     def posterior_draws(
         self, images: Images, *, samples: int, seed: int = 0
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Draws z of the encoder for labelled images, a few images at a time.
+        """Draws of the encoder for labelled images, a few images at a time.
 
         Args:
             images: Labelled images of the prior's shape.
@@ -205,7 +224,7 @@ class VAEPrior:
 
         Yields:
             Images (n, C, H, W), decoded draws (samples, n, C, H, W), and
-            log p(z) - log q(z | x, y) of every draw (samples, n).
+            log p(z | y) - log q(z | x, y) of every draw (samples, n).
 
         Raises:
             InputError: Another image shape, or a class that the VAE has not seen.
@@ -224,8 +243,11 @@ class VAEPrior:
             mean, log_variance = self.network.encode(pixels, classes)
             shape = (samples, *mean.shape)
             noise = torch.randn(shape, generator=generator).to(like)
-            latents = mean + (0.5 * log_variance).exp() * noise
+            codes = mean + (0.5 * log_variance).exp() * noise
+            repeated = classes.repeat(samples, 1)
+            latents = self.law.whiten(codes.flatten(0, 1), repeated).view(shape)
             log_ratio = 0.5 * (noise.square() + log_variance - latents.square()).sum(-1)
+            log_ratio = log_ratio - self.law.log_volume(classes)
             yield pixels, bound.decode(latents), log_ratio
 
     def _one_hot(self, labels: Tensor) -> Tensor:
@@ -267,11 +289,11 @@ class VAEPrior:
 class SoftVAEPrior:
     r"""A VAE whose images may leave the decoder's manifold, at a price.
 
-    The latents of an image are (z, η), d + C·H·W independent standard normal numbers,
+    The latents of an image are (u, η), d + C·H·W independent standard normal numbers,
     and the image is :math:`x = D(z, y) + S\eta`. This is the VAE's own generative
     model with :math:`p(x \mid z) = N(D(z, y), S S^\top)` and the noise written as a
-    latent: :math:`\|z\|^2 + \|\eta\|^2 = \|z\|^2 + (x - D)^\top (S S^\top)^{-1}
-    (x - D)`, so a search over (z, η) is one over (z, x), in coordinates in which the
+    latent: :math:`\|u\|^2 + \|\eta\|^2 = \|u\|^2 + (x - D)^\top (S S^\top)^{-1}
+    (x - D)`, so a search over (u, η) is one over (u, x), in coordinates in which the
     prior is white. Training shares one variance among all pixels; here D
     and q are fixed, and the covariance :math:`S S^\top` has the shape of the training
     images' residuals and the size of those of held-out images.
@@ -313,7 +335,7 @@ class SoftVAEPrior:
     def encode(self, images: Tensor) -> Tensor:
         """Latents (..., size) whose images are exactly ``images``.
 
-        z is the encoder's mean, and η what is left.
+        u is that of the encoder's mean, and η what is left.
         """
         codes = self.hard.encode(images)
         details = self.hard.residual.encode(images - self.hard.decode(codes))

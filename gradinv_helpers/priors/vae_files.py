@@ -14,6 +14,7 @@ from torch import Size, Tensor
 from gradinv_helpers.errors import InputError, check_choice
 from gradinv_helpers.files import expand_home, prepare_folder, write_bytes, write_json
 from gradinv_helpers.priors.gaussian import CovariancePrior, SpectrumPrior
+from gradinv_helpers.priors.vae_codes import CodeLaw
 from gradinv_helpers.priors.vae_network import VAENetwork
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ PRETRAINED: tuple[str, ...] = ("vae-digits", "vae-photos")
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _NETWORK, _RESIDUAL = "network.", "residual."
+_MEANS, _ROOTS = "codes.means", "codes.roots"
 
 
 def write_prior(prior: VAEPrior, folder: str | Path) -> Path:
@@ -33,6 +35,7 @@ def write_prior(prior: VAEPrior, folder: str | Path) -> Path:
     path = prepare_folder(folder, "output_dir")
     state = {_NETWORK + k: v for k, v in prior.network.state_dict().items()}
     state |= {_RESIDUAL + k: v for k, v in _residual_tensors(prior.residual).items()}
+    state |= {_MEANS: prior.law.means, _ROOTS: prior.law.roots}
     tensors = {k: v.detach().float().cpu().contiguous() for k, v in state.items()}
     write_bytes(path / _WEIGHTS, save(tensors))
     head = {"kind": KIND, "name": prior.name}
@@ -43,8 +46,8 @@ def write_prior(prior: VAEPrior, folder: str | Path) -> Path:
 
 def read_prior(
     folder: str | Path,
-) -> tuple[VAENetwork, SpectrumPrior | CovariancePrior, dict[str, Any]]:
-    """Read the network, the Gaussian of its residuals, and what the folder says of it.
+) -> tuple[VAENetwork, SpectrumPrior | CovariancePrior, CodeLaw, dict[str, Any]]:
+    """Read the network, the laws of residuals and codes, and what the folder says.
 
     Raises:
         InputError: A file is missing, damaged, or does not fit the other.
@@ -63,11 +66,13 @@ def read_prior(
     network = VAENetwork(**architecture)
     named = {k.removeprefix(_NETWORK): v for k, v in tensors.items()}
     network.load_state_dict({k: named[k] for k in network.state_dict()})
+    codes = CodeLaw(tensors[_MEANS], tensors[_ROOTS])
     parts = {k.removeprefix(_RESIDUAL): v for k, v in tensors.items()}
     if "root" in parts:
         zero = torch.zeros(network.image_shape)
-        return network, CovariancePrior(zero, parts["root"], "residuals"), config
-    return network, spectral(parts["deviations"], parts["colours"]), config
+        residual = CovariancePrior(zero, parts["root"], "residuals")
+        return network, residual, codes, config
+    return network, spectral(parts["deviations"], parts["colours"]), codes, config
 
 
 def spectral(deviations: Tensor, colours: Tensor) -> SpectrumPrior:
@@ -126,6 +131,8 @@ def _check_shapes(path: Path, tensors: dict[str, Tensor], network: VAENetwork) -
     else:
         expected[_RESIDUAL + "deviations"] = Size(sides)
         expected[_RESIDUAL + "colours"] = Size([channels, channels])
+    classes, size = max(network.num_classes, 1), network.latent_size
+    expected |= {_MEANS: Size([classes, size]), _ROOTS: Size([classes, size, size])}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise _damaged(path, f"{name} does not fit {_CONFIG}")
