@@ -239,7 +239,8 @@ def _measured(
             records.append(earlier[task.key])
             continue
         records.append(_record(task))
-        done = {**head, "complete": False, "records": records}
+        ahead = [earlier[t.key] for t in tasks[number + 1 :] if t.key in earlier]
+        done = {**head, "complete": False, "records": records + ahead}
         write_json(partial, done)
     on_task(len(tasks), len(tasks))
     return records
