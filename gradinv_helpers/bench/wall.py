@@ -4,7 +4,8 @@ For every architecture, batch size, initialisation and stage of training the ran
 the Jacobian is measured at photographs in double precision, and set against the rule
 that counts equations layer by layer. On some of them the attack follows, on the same
 batches in float32, with labels inferred. What the rounding of the numbers that travel
-leaves of the rank is measured on one network.
+leaves of the rank is measured on one network, and so is what local steps and unknown
+labels do to it.
 
 Taught in: notebooks/04_aggregated_gradients.
 """
@@ -32,6 +33,7 @@ from gradinv_helpers.attacks.spectrum import (
     determined,
     rounding_std,
 )
+from gradinv_helpers.bench import wall_steps
 from gradinv_helpers.bench.figures import panels
 from gradinv_helpers.bench.suite import (
     Record,
@@ -52,7 +54,7 @@ from gradinv_helpers.data import Images, load_images
 from gradinv_helpers.errors import InputError
 from gradinv_helpers.metrics import score
 from gradinv_helpers.models import _resnet20, build_model
-from gradinv_helpers.updates import local_update
+from gradinv_helpers.updates import LocalTraining, local_update
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -292,6 +294,21 @@ class _Bench:
             "bits": bits(values, noise_std=1.0),
         }
 
+    def steps(self, batch_size: int, epochs: int, k: int) -> Record:
+        """What a weight change of several local steps determines."""
+        model, _ = self.network(wall_steps.NETWORK, _PRECISE, "untrained")
+        recipe = LocalTraining(
+            sends="delta", lr=wall_steps.LR, epochs=epochs, batch_size=batch_size
+        )
+        batch = self.batch(wall_steps.IMAGES, k)
+        return {**wall_steps.count_steps(model, *batch, recipe), "number": k}
+
+    def labels(self, known: bool, size: int, k: int) -> Record:
+        """What one gradient determines of images, or of images and labels."""
+        model, _ = self.network(wall_steps.NETWORK, _PRECISE, "untrained")
+        batch = self.batch(size, k)
+        return {**wall_steps.count_labels(model, *batch, known=known), "number": k}
+
 
 def _tasks(setting: Setting) -> list[Task]:
     small = _bench(setting, SIZE)
@@ -322,6 +339,24 @@ def _tasks(setting: Setting) -> list[Task]:
             for form in formats
             for k in range(repeats)
         ]
+    recipes = wall_steps.RECIPES[1:2] if setting.quick else wall_steps.RECIPES
+    tasks += [
+        Task(
+            f"{wall_steps.STEPS}, {size}, {epochs} epochs, {k}",
+            functools.partial(small.steps, size, epochs, k),
+        )
+        for size, epochs in recipes
+        for k in range(repeats)
+    ]
+    tasks += [
+        Task(
+            f"{wall_steps.LABELS}, {'given' if known else 'unknown'}, {size}, {k}",
+            functools.partial(small.labels, known, size, k),
+        )
+        for size in ((1,) if setting.quick else (1, 2))
+        for known in (True, False)
+        for k in range(repeats)
+    ]
     if not setting.quick:
         large = _bench(setting, LARGE)
         tasks += [
@@ -397,7 +432,8 @@ def _report(records: Sequence[Record], setting: Setting) -> Report:
     parts = [_rank_table(cases), _NOTE, _attack_table(attacks, iterations)]
     if large:
         parts.append(_large_table(large))
-    parts += [_rule_table(errors), _rounding_table(rounded_cases)]
+    parts += [_rule_table(errors), wall_steps.table(records)]
+    parts.append(_rounding_table(rounded_cases))
     return Report(summary, "\n\n".join(parts), _figure(cases, attacks))
 
 
