@@ -47,6 +47,9 @@ if TYPE_CHECKING:
         TimestepEstimate as TimestepEstimate,
     )
     from gradinv_helpers.attacks.denoising_steps import infer_timestep as infer_timestep
+    from gradinv_helpers.attacks.differencing import (
+        difference_updates as difference_updates,
+    )
     from gradinv_helpers.attacks.diffusion_latent import (
         diffusion_latent as diffusion_latent,
     )
@@ -107,6 +110,45 @@ if TYPE_CHECKING:
     from gradinv_helpers.federated.aggregation import aggregate as aggregate
     from gradinv_helpers.federated.aggregation import apply_update as apply_update
     from gradinv_helpers.federated.aggregation import normalize as normalize
+    from gradinv_helpers.federated.fixed_point import FixedPoint as FixedPoint
+    from gradinv_helpers.federated.secagg_client import SecAggClient as SecAggClient
+    from gradinv_helpers.federated.secagg_messages import (
+        AdvertisedKeys as AdvertisedKeys,
+    )
+    from gradinv_helpers.federated.secagg_messages import (
+        BelowThresholdError as BelowThresholdError,
+    )
+    from gradinv_helpers.federated.secagg_messages import MaskedInput as MaskedInput
+    from gradinv_helpers.federated.secagg_messages import (
+        RefusedRequestError as RefusedRequestError,
+    )
+    from gradinv_helpers.federated.secagg_messages import (
+        RepeatedMessageError as RepeatedMessageError,
+    )
+    from gradinv_helpers.federated.secagg_messages import SealedShares as SealedShares
+    from gradinv_helpers.federated.secagg_messages import SecAggError as SecAggError
+    from gradinv_helpers.federated.secagg_messages import (
+        SecAggSettings as SecAggSettings,
+    )
+    from gradinv_helpers.federated.secagg_messages import (
+        TamperedMessageError as TamperedMessageError,
+    )
+    from gradinv_helpers.federated.secagg_messages import (
+        UnmaskingRequest as UnmaskingRequest,
+    )
+    from gradinv_helpers.federated.secagg_messages import (
+        UnmaskingShares as UnmaskingShares,
+    )
+    from gradinv_helpers.federated.secagg_server import SecAggServer as SecAggServer
+    from gradinv_helpers.federated.secure_aggregation import SecureSum as SecureSum
+    from gradinv_helpers.federated.secure_aggregation import paper_bytes as paper_bytes
+    from gradinv_helpers.federated.secure_aggregation import (
+        secure_aggregate as secure_aggregate,
+    )
+    from gradinv_helpers.federated.secure_aggregation import secure_sum as secure_sum
+    from gradinv_helpers.federated.shamir import lagrange_weights as lagrange_weights
+    from gradinv_helpers.federated.shamir import recover_secret as recover_secret
+    from gradinv_helpers.federated.shamir import split_secret as split_secret
     from gradinv_helpers.identifiability import Identification as Identification
     from gradinv_helpers.identifiability import identify as identify
     from gradinv_helpers.image_metrics import registered_psnr as registered_psnr
@@ -192,6 +234,30 @@ _HOMES = {
     "intervals": ("bootstrap_interval", "share_interval"),
     "config": ("Settings", "load_config"),
     "errors": ("InputError",),
+    "federated.secure_aggregation": (
+        "SecureSum",
+        "paper_bytes",
+        "secure_aggregate",
+        "secure_sum",
+    ),
+    "federated.secagg_client": ("SecAggClient",),
+    "federated.secagg_server": ("SecAggServer",),
+    "federated.secagg_messages": (
+        "AdvertisedKeys",
+        "BelowThresholdError",
+        "MaskedInput",
+        "RefusedRequestError",
+        "RepeatedMessageError",
+        "SealedShares",
+        "SecAggError",
+        "SecAggSettings",
+        "TamperedMessageError",
+        "UnmaskingRequest",
+        "UnmaskingShares",
+    ),
+    "federated.fixed_point": ("FixedPoint",),
+    "federated.shamir": ("lagrange_weights", "recover_secret", "split_secret"),
+    "attacks.differencing": ("difference_updates",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = ("plots", "widgets")
