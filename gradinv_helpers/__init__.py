@@ -172,6 +172,27 @@ if TYPE_CHECKING:
     from gradinv_helpers.priors.vae import SoftVAEPrior as SoftVAEPrior
     from gradinv_helpers.priors.vae import VAEPrior as VAEPrior
     from gradinv_helpers.priors.vae_training import train_vae as train_vae
+    from gradinv_helpers.privacy import PrivateNoise as PrivateNoise
+    from gradinv_helpers.privacy import epsilon_spent as epsilon_spent
+    from gradinv_helpers.privacy import gaussian_delta as gaussian_delta
+    from gradinv_helpers.privacy import gaussian_epsilon as gaussian_epsilon
+    from gradinv_helpers.privacy import noise_multiplier_for as noise_multiplier_for
+    from gradinv_helpers.privacy import per_sample_gradients as per_sample_gradients
+    from gradinv_helpers.privacy import privacy_profile as privacy_profile
+    from gradinv_helpers.privacy import private_aggregate as private_aggregate
+    from gradinv_helpers.privacy import private_update as private_update
+    from gradinv_helpers.private_training import PrivateStep as PrivateStep
+    from gradinv_helpers.private_training import PrivateTraining as PrivateTraining
+    from gradinv_helpers.private_training import train_private as train_private
+    from gradinv_helpers.reconstruction_bound import (
+        candidate_likelihoods as candidate_likelihoods,
+    )
+    from gradinv_helpers.reconstruction_bound import (
+        reconstruction_bound as reconstruction_bound,
+    )
+    from gradinv_helpers.reconstruction_bound import (
+        reconstruction_bound_of_epsilon as reconstruction_bound_of_epsilon,
+    )
     from gradinv_helpers.updates import LocalTraining as LocalTraining
     from gradinv_helpers.updates import SharedUpdate as SharedUpdate
     from gradinv_helpers.updates import local_update as local_update
@@ -258,6 +279,23 @@ _HOMES = {
     "federated.fixed_point": ("FixedPoint",),
     "federated.shamir": ("lagrange_weights", "recover_secret", "split_secret"),
     "attacks.differencing": ("difference_updates",),
+    "privacy": (
+        "PrivateNoise",
+        "epsilon_spent",
+        "gaussian_delta",
+        "gaussian_epsilon",
+        "noise_multiplier_for",
+        "per_sample_gradients",
+        "privacy_profile",
+        "private_aggregate",
+        "private_update",
+    ),
+    "private_training": ("PrivateStep", "PrivateTraining", "train_private"),
+    "reconstruction_bound": (
+        "candidate_likelihoods",
+        "reconstruction_bound",
+        "reconstruction_bound_of_epsilon",
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = ("plots", "widgets")
