@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     )
     from gradinv_helpers.attacks.certificate import Certificate as Certificate
     from gradinv_helpers.attacks.certificate import LayerSolution as LayerSolution
+    from gradinv_helpers.attacks.class_proportions import (
+        infer_class_proportions as infer_class_proportions,
+    )
     from gradinv_helpers.attacks.clipping import clipped as clipped
     from gradinv_helpers.attacks.denoising import DenoisingUpdate as DenoisingUpdate
     from gradinv_helpers.attacks.denoising import denoising_update as denoising_update
@@ -66,6 +69,9 @@ if TYPE_CHECKING:
     from gradinv_helpers.attacks.joint_separation import (
         separate_jointly as separate_jointly,
     )
+    from gradinv_helpers.attacks.label_search import (
+        infer_encoded_labels as infer_encoded_labels,
+    )
     from gradinv_helpers.attacks.labels import infer_label_counts as infer_label_counts
     from gradinv_helpers.attacks.labels import infer_labels as infer_labels
     from gradinv_helpers.attacks.laplace import (
@@ -93,6 +99,8 @@ if TYPE_CHECKING:
     from gradinv_helpers.attacks.sampling import split_r_hat as split_r_hat
     from gradinv_helpers.attacks.separation import Separation as Separation
     from gradinv_helpers.attacks.separation import separate_batch as separate_batch
+    from gradinv_helpers.attacks.unmixing import mixing_weights as mixing_weights
+    from gradinv_helpers.attacks.unmixing import unmix as unmix
     from gradinv_helpers.checkpoints import load_checkpoint as load_checkpoint
     from gradinv_helpers.checkpoints import save_checkpoint as save_checkpoint
     from gradinv_helpers.classifier import Classifier as Classifier
@@ -103,7 +111,15 @@ if TYPE_CHECKING:
     from gradinv_helpers.data import Images as Images
     from gradinv_helpers.data import load_images as load_images
     from gradinv_helpers.defences import GaussianNoise as GaussianNoise
+    from gradinv_helpers.defences import Sign as Sign
+    from gradinv_helpers.defences import (
+        StochasticQuantisation as StochasticQuantisation,
+    )
+    from gradinv_helpers.defences import TopK as TopK
     from gradinv_helpers.defences import defend as defend
+    from gradinv_helpers.defences import mixup_update as mixup_update
+    from gradinv_helpers.defences import soteria_update as soteria_update
+    from gradinv_helpers.encoding import Encoding as Encoding
     from gradinv_helpers.errors import InputError as InputError
     from gradinv_helpers.explain import Explanation as Explanation
     from gradinv_helpers.explain import explain_update as explain_update
@@ -111,6 +127,11 @@ if TYPE_CHECKING:
     from gradinv_helpers.federated.aggregation import apply_update as apply_update
     from gradinv_helpers.federated.aggregation import normalize as normalize
     from gradinv_helpers.federated.fixed_point import FixedPoint as FixedPoint
+    from gradinv_helpers.federated.rounds import FederatedRun as FederatedRun
+    from gradinv_helpers.federated.rounds import RoundReport as RoundReport
+    from gradinv_helpers.federated.rounds import evaluate_model as evaluate_model
+    from gradinv_helpers.federated.rounds import model_bytes as model_bytes
+    from gradinv_helpers.federated.rounds import train_federated as train_federated
     from gradinv_helpers.federated.secagg_client import SecAggClient as SecAggClient
     from gradinv_helpers.federated.secagg_messages import (
         AdvertisedKeys as AdvertisedKeys,
@@ -204,7 +225,15 @@ _HOMES = {
     "classifier": ("Classifier", "accuracy", "train_classifier"),
     "checkpoints": ("load_checkpoint", "save_checkpoint"),
     "updates": ("LocalTraining", "SharedUpdate", "local_update"),
-    "defences": ("GaussianNoise", "defend"),
+    "defences": (
+        "GaussianNoise",
+        "defend",
+        "TopK",
+        "Sign",
+        "StochasticQuantisation",
+        "soteria_update",
+        "mixup_update",
+    ),
     "federated.aggregation": ("aggregate", "apply_update", "normalize"),
     "attacks.analytic": ("linear_layer_input",),
     "attacks.certificate": ("Certificate", "LayerSolution"),
@@ -296,6 +325,17 @@ _HOMES = {
         "reconstruction_bound",
         "reconstruction_bound_of_epsilon",
     ),
+    "encoding": ("Encoding",),
+    "attacks.unmixing": ("mixing_weights", "unmix"),
+    "attacks.label_search": ("infer_encoded_labels",),
+    "federated.rounds": (
+        "train_federated",
+        "FederatedRun",
+        "RoundReport",
+        "evaluate_model",
+        "model_bytes",
+    ),
+    "attacks.class_proportions": ("infer_class_proportions",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = ("plots", "widgets")

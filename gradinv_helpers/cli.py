@@ -597,6 +597,175 @@ def diffusion_command(
 
 
 @app.command(
+    "simulate",
+    epilog="Example: gradinv simulate --clients 20 --partition dirichlet --alpha 0.1",
+)
+def simulate_command(
+    rounds: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--rounds", help="Rounds of training."),
+    ] = None,
+    clients: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--clients", help="Clients that share the train split."),
+    ] = None,
+    clients_per_round: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "--clients-per-round", help="Drawn in each round.  [default: all]"
+        ),
+    ] = None,
+    samples_per_client: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "--samples-per-client", help="Most images of a client.  [default: all]"
+        ),
+    ] = None,
+    partition: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--partition", help="iid, dirichlet or shards."),
+    ] = None,
+    alpha: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--alpha", help="dirichlet: small for few classes per client."),
+    ] = None,
+    algorithm: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--algorithm", help="fedavg (weight changes) or fedsgd (gradients)."
+        ),
+    ] = None,
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--model", help="lenet, mlp, convnet, resnet18, resnet20 or vit."),
+    ] = None,
+    lr: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--lr", help="Learning rate of the clients."),
+    ] = None,
+    local_epochs: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--local-epochs", help="fedavg: passes over a client's images."),
+    ] = None,
+    batch_size: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--batch-size", help="fedavg: images per local step."),
+    ] = None,
+    optimiser: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--optimiser", help="fedavg: sgd, momentum or adam."),
+    ] = None,
+    dropout: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            "--dropout", help="Probability that a client's message never arrives."
+        ),
+    ] = None,
+    defence: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            "--defence",
+            help="noise:0.01, top-k:0.1, sign, quantise:4 or dp:1.0:0.5 (noise "
+            "multiplier, clipping norm; fedsgd). May be repeated.",
+        ),
+    ] = None,
+    secure_aggregation: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(
+            "--secure-aggregation/--no-secure-aggregation",
+            help="The server sees the sum alone.",
+        ),
+    ] = None,
+    threshold: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "--threshold",
+            help="Clients that must stay for the sum.  [default: more than half]",
+        ),
+    ] = None,
+    engine: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--engine", help="inprocess."),
+    ] = None,
+    attack: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--attack", help="How images are inverted; auto picks."),
+    ] = None,
+    attack_every: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--attack-every", help="Rounds between two attacks; 0 for none."),
+    ] = None,
+    attack_images: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "--attack-images", help="Most images of a message that is inverted."
+        ),
+    ] = None,
+    iterations: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--iterations", help="Outer steps of an inversion."),
+    ] = None,
+    config: Config = None,
+    dataset: Dataset = None,
+    data_root: DataRoot = None,
+    device: Device = None,
+    seed: Seed = None,
+    output_dir: OutputDir = None,
+) -> None:
+    """Train a federation, and attack its messages while it goes on.
+
+    The clients divide the train split. In every --attack-every-th round the server
+    infers the class shares behind the smallest message, and its images where there
+    are at most --attack-images of them. Writes accuracy, bytes, seconds and leakage
+    of every round (simulation.json), a plot and the pictures to --output-dir.
+    """
+    from gradinv_helpers.simulation import SimulationOptions, run_simulation
+
+    settings = load_config(config)
+    values = settings.simulate.model_dump()
+    given = {
+        "rounds": rounds,
+        "clients": clients,
+        "clients_per_round": clients_per_round,
+        "samples_per_client": samples_per_client,
+        "partition": partition,
+        "alpha": alpha,
+        "algorithm": algorithm,
+        "model": model,
+        "lr": lr,
+        "local_epochs": local_epochs,
+        "batch_size": batch_size,
+        "optimiser": optimiser,
+        "dropout": dropout,
+        "secure_aggregation": secure_aggregation,
+        "threshold": threshold,
+        "engine": engine,
+        "attack": attack,
+        "attack_every": attack_every,
+        "attack_images": attack_images,
+        "iterations": iterations,
+        "output_dir": output_dir,
+    }
+    values |= {name: value for name, value in given.items() if value is not None}
+    options = SimulationOptions(
+        **_common(settings, dataset, data_root, device, seed, "digits"),
+        **values,
+        defence=tuple(defence or ()),
+    )
+    with _progress_bar("simulate", options.rounds) as advance:
+        result = run_simulation(
+            options,
+            on_stage=_stage,
+            on_round=lambda report: advance(report.round),
+        )
+    typer.echo(result.table())
+    typer.echo(f"\nwrote to {Path(options.output_dir)}:")
+    typer.echo("  " + "\n  ".join(path.name for path in result.files))
+    if result.interrupted:
+        raise _InterruptedError("the rounds so far were written")
+
+
+@app.command(
     "bench",
     epilog="Example: gradinv bench --suite single --dataset photos --images 20",
 )

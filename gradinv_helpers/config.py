@@ -88,6 +88,37 @@ class TrainSettings(_Group):
     )
 
 
+class SimulateSettings(_Group):
+    """Settings of ``gradinv simulate``."""
+
+    rounds: Count = Field(default=10, description="Rounds of training")
+    clients: Count = Field(default=10, description="Clients that share the data")
+    partition: Literal["iid", "dirichlet", "shards"] = Field(
+        default="iid", description="How the data are divided"
+    )
+    algorithm: Literal["fedavg", "fedsgd"] = Field(
+        default="fedavg", description="Weight changes or gradients"
+    )
+    model: str = Field(default="mlp", description="Model that the clients train")
+    lr: Positive = Field(default=0.1, description="Learning rate of the clients")
+    local_epochs: Count = Field(default=1, description="Passes over a client's images")
+    batch_size: Count = Field(default=16, description="Images per local step")
+    optimiser: Literal["sgd", "momentum", "adam"] = Field(
+        default="sgd", description="Optimiser of the clients"
+    )
+    attack: str = Field(default="auto", description="How images are inverted")
+    attack_every: int = Field(
+        default=5, ge=0, description="Rounds between two attacks; 0 for none"
+    )
+    attack_images: int = Field(
+        default=8, ge=0, description="Most images of a message that is inverted"
+    )
+    iterations: Count = Field(default=20, description="Outer steps of an inversion")
+    output_dir: str = Field(
+        default="outputs/simulate", description="Folder of the results"
+    )
+
+
 class BookSettings(_Group):
     """Size of the experiments in the notebooks."""
 
@@ -141,6 +172,7 @@ class Settings(_Group):
     seed: Seed = Field(default=0, description="Seed of everything random")
     invert: InvertSettings = InvertSettings()
     train_global: TrainSettings = TrainSettings()
+    simulate: SimulateSettings = SimulateSettings()
     book: BookProfiles = BookProfiles()
 
     @property

@@ -37,6 +37,7 @@ from gradinv_helpers.attacks.spectrum import (
     rounding_std,
 )
 from gradinv_helpers.compute import forward_work, private_randomness
+from gradinv_helpers.encoding import EncodingKind
 from gradinv_helpers.errors import InputError, check_choice, check_seed
 from gradinv_helpers.updates import SharedUpdate
 
@@ -102,6 +103,8 @@ class Explanation:
         attacks: What each kind of attack can do.
         verdict: The essence in one sentence.
         seconds: Time spent; no part of a comparison.
+        encoding: How a defence encoded the tensors; ``None`` where they are as
+            computed.
 
     Taught in: notebooks/04_aggregated_gradients.
     """
@@ -128,6 +131,7 @@ class Explanation:
     attacks: tuple[AttackOutlook, ...]
     verdict: str
     seconds: float
+    encoding: EncodingKind | None = None
 
     @property
     def missing(self) -> int:
@@ -194,7 +198,8 @@ def explain_update(
     condition = None
     if spectrum is not None and spectrum.exact and rank == count.unknowns:
         condition = spectrum.largest / float(spectrum.values.min())  # none is zero
-    noisy = spectrum is not None and noise > 0
+    plain = update.encoding is None or update.encoding.exact
+    noisy = spectrum is not None and noise > 0 and plain
     attacks = _outlook(update, count.unknowns - rank)
     groups = update.group_sizes or (update.num_samples,)
     first = next(iter(update.tensors.values()))
@@ -221,6 +226,7 @@ def explain_update(
         attacks=attacks,
         verdict=_verdict(update, rank, count.unknowns, source, attacks),
         seconds=time.perf_counter() - begun,
+        encoding=None if update.encoding is None else update.encoding.kind,
     )
 
 
@@ -475,6 +481,11 @@ def _lines(told: Explanation) -> list[str]:
     if told.steps > 1:
         stand_in = "rank and spectrum are those of a single gradient, a stand-in"
         rows.append(("caution", f"{stand_in} for {told.steps} steps"))
+    if told.encoding == "mixed":
+        rows.append(("encoded", "images were mixed in pairs: mixtures come back"))
+    elif told.encoding is not None:
+        limit = "rank and spectrum are those of what was computed, an upper bound"
+        rows.append(("encoded", f"{told.encoding}: {limit}"))
     if told.condition is not None:
         rows.append(("condition", f"{told.condition:.2g} (measured)"))
     if told.formats:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from gradinv_helpers.compute import private_randomness
 from gradinv_helpers.data import Images
+from gradinv_helpers.encoding import Encoding
 from gradinv_helpers.errors import (
     InputError,
     check_choice,
@@ -117,10 +118,13 @@ class SharedUpdate:
             to have added to every entry; 0 for none.
         buffers: Buffers (BatchNorm statistics) after local training, if they are
             sent.
+        encoding: How a defence encoded the tensors; ``None`` where they are as
+            computed, or where a reader takes them at face value.
 
     Raises:
         InputError: A tensor is missing, unknown, of a wrong shape, or holds NaN or
-            infinite values; a count or the noise is out of range.
+            infinite values; a count or the noise is out of range; tensors contradict
+            their encoding.
 
     Source: McMahan et al. (2017), Section 2. Taught in: notebooks/01_fl_guarantees.
     """
@@ -134,6 +138,7 @@ class SharedUpdate:
     normalized: bool = False
     noise_std: float = 0.0
     buffers: Mapping[str, Tensor] | None = None
+    encoding: Encoding | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
@@ -166,6 +171,11 @@ class SharedUpdate:
         buffers = self.buffers
         if buffers is not None:
             buffers = _checked("buffers", buffers, dict(self.model.named_buffers()))
+        if self.encoding is not None:
+            if not isinstance(self.encoding, Encoding):
+                got = type(self.encoding).__name__
+                raise InputError("encoding", "an Encoding or None", got)
+            self.encoding.check(tensors)
         model = _without_caches(self.model, shape)
         for name, value in {
             "model": model,
@@ -182,9 +192,14 @@ class SharedUpdate:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that travel: all sent tensors, uncompressed."""
-        sent = [*self.tensors.values(), *(self.buffers or {}).values()]
-        return sum(t.numel() * t.element_size() for t in sent)
+        """Bytes that travel: buffers, and all tensors as they are encoded."""
+        buffers = (self.buffers or {}).values()
+        besides = sum(b.numel() * b.element_size() for b in buffers)
+        if self.encoding is not None:
+            return besides + self.encoding.num_bytes(self.tensors)
+        return besides + sum(
+            t.numel() * t.element_size() for t in self.tensors.values()
+        )
 
     def gradient(self) -> dict[str, Tensor]:
         """The mean gradient that the update states, where it states one exactly.
@@ -195,8 +210,16 @@ class SharedUpdate:
 
         Raises:
             InputError: The change comes from several steps or from Adam, so it is
-                not the gradient at any one point.
+                not the gradient at any one point; or the tensors are encoded.
         """
+        if self.encoding is not None and not self.encoding.exact:
+            raise InputError(
+                "update",
+                "a gradient as it was computed",
+                f"one that is encoded ({self.encoding.kind})",
+                "use attack 'gaussian-map', which reads the encoding; "
+                "dataclasses.replace(update, encoding=None) takes it at face value",
+            )
         if self.kind == "gradient":
             return dict(self.tensors)
         recipe = self.training

@@ -19,6 +19,7 @@ from gradinv_helpers.bench import (
     SUITES,
     batch,
     fedavg,
+    networks,
     priors,
     runner,
     single,
@@ -180,16 +181,21 @@ def check_table1(result: dict) -> None:
 
 def check_networks(result: dict) -> None:
     cases = result["summary"]["cases"]
-    assert [(c["model"], c["batch_size"]) for c in cases] == [
-        ("convnet", 1),
-        ("convnet", 4),
+    assert [(c["mode"], c["attack"], c["batch_size"]) for c in cases] == [
+        (networks.SENT, attack, size)
+        for attack in (networks.MOMENTS, networks.MAP)
+        for size in (1, 2)
     ]
     for case in cases:
         found = [r for r in result["records"] if r["batch_size"] == case["batch_size"]]
         assert all(len(r["psnr"]) == case["batch_size"] for r in found)
         gain = case["psnr"]["value"] - case["floor"]["value"]
         assert case["gain"]["value"] == pytest.approx(gain, abs=1e-3)
-    assert "batch_mean" in result["records"][-1]["floors"]
+        assert case["labels_right"] == case["batch_size"]
+    both = [r for r in result["records"] if r["batch_size"] == 2]
+    assert both[0]["labels_alone"] == both[1]["labels_alone"]  # and no gradient
+    assert "batch_mean" in both[0]["floors"]
+    assert 0 <= result["notes"]["models"]["convnet-bn, 1 epoch"]["test_accuracy"] <= 1
 
 
 def check_batch(result: dict) -> None:
@@ -287,6 +293,22 @@ def test_memory_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
     found = [trials._peak(given, 16, name, 1) for name in (trials.LOOP, trials.OURS)]
     assert all(record["peak_mib"] > 50 for record in found)
     assert all(record["grown_mib"] >= 0 for record in found)
+
+
+def test_cells_of_networks_are_measured_once_and_cheap_ones_first() -> None:
+    cells = networks.cases(repeats=2)
+    assert len({cell.key for cell in cells}) == len(cells)
+    assert cells[0].batch_size == 1
+    assert (cells[-1].model, cells[-1].batch_size) == (networks.RESNET, 16)
+    modes = {(c.model, c.mode) for c in cells}
+    assert {mode for name, mode in modes if name == networks.RESNET} == {
+        networks.SENT,
+        networks.KEPT,
+        networks.EVAL,
+    }
+    for name, mode in modes:
+        own = [c for c in cells if (c.model, c.mode) == (name, mode)]
+        assert {c.batch_size for c in own} == set(networks.BATCH_SIZES)
 
 
 # --- order ------------------------------------------------------------------------

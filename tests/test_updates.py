@@ -445,6 +445,7 @@ def test_fields_are_those_of_the_protocol() -> None:
         "normalized",
         "noise_std",
         "buffers",
+        "encoding",
     }
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from gradinv_helpers.attacks.label_search import infer_encoded_labels
 from gradinv_helpers.attacks.labels import infer_labels
 from gradinv_helpers.attacks.matching import cosine_distance, squared_norm
 from gradinv_helpers.attacks.optimise import Minimiser, TrialState
@@ -71,7 +72,10 @@ class Guide:
         if tuple(prior.image_shape) != shape:
             raise InputError("prior", f"images of shape {shape}", prior.image_shape)
         self.label_source = "given (upper bound)"
-        if labels is None:
+        if labels is None and update.encoding is not None:
+            labels = infer_encoded_labels(update, prior)
+            self.label_source = "inferred (likelihood)"
+        elif labels is None:
             labels, self.label_source = infer_labels(update), "inferred (counts)"
         elif tuple(labels.shape) != (update.num_samples,):
             expected = f"shape ({update.num_samples},)"
@@ -113,23 +117,20 @@ class Guide:
         posterior = self.posterior
         classes = posterior.classes.expand(len(images), -1, -1)
         gradients, pullback = posterior.map(images, classes)
-        pairs = list(zip(gradients, posterior.targets, strict=True))
-        gaps = [gradient - target for gradient, target in pairs]
+        gaps = posterior.gaps(gradients)
         misfit = squared_norm(gaps) / squared_norm(posterior.targets)
         if self.by_cosine:
             count, scale = posterior.num_gradients, 2 / level**2
+            pairs = zip(gradients, posterior.targets, strict=True)
             targets = [target.expand_as(gradient) for gradient, target in pairs]
-            distance, slopes = cosine_distance(gradients[:count], targets[:count])
+            visible = posterior.visible(gradients[:count])
+            distance, slopes = cosine_distance(visible, targets[:count])
             energy = distance.double() * scale
             # A cosine has no place for the statistics of BatchNorm.
-            slopes = [slope * scale for slope in slopes]
+            slopes = posterior.visible([slope * scale for slope in slopes])
             slopes += [torch.zeros_like(gap) for gap in gaps[count:]]
         else:
-            energy = images.new_zeros(len(images), dtype=torch.float64)
-            variances = posterior.variances(level)
-            for gap, variance in zip(gaps, variances, strict=True):
-                energy = energy + squared_norm([gap]).double() / variance
-            slopes = [2 * g / v for g, v in zip(gaps, variances, strict=True)]
+            energy, slopes = posterior.likelihood(gradients, level)
         return energy, misfit, pullback(slopes)[0]
 
     def expected_energy(self, level: float) -> float:

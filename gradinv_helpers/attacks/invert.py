@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gradinv_helpers.attacks.exact import ExactSolution, invert_exactly
+from gradinv_helpers.attacks.gradinversion import GradInversionProblem
 from gradinv_helpers.attacks.groups import run_groups, side_by_side
 from gradinv_helpers.attacks.learned import (
     DEFAULT_PRIORS,
@@ -83,17 +84,19 @@ def invert(
         attack: ``dlg`` fits images and labels together by L-BFGS on the relative
             squared error; ``idlg`` first reads the label off the gradient (one sample
             only); ``inverting-gradients`` minimises the cosine distance and a little
-            total variation by signed Adam, which suits ReLU networks; ``exact`` solves
-            equations where the model allows it, needs no iterations and certifies its
-            answer; ``gaussian-map`` anneals towards the most probable images under
-            ``prior``, which is what batches and aggregates need; ``vae-map`` does so
-            under a VAE, and ``vae-posterior`` averages draws from its posterior;
-            ``diffusion-latent``, ``diffusion-posterior`` and ``gradinvdiff`` take a
-            diffusion model for their prior; ``auto`` takes
-            ``exact`` where its certificate holds, otherwise ``gaussian-map`` for
-            several samples, and the search that suits the model for one. Where the
-            update of one sample is noisy, ``auto`` ends with the MAP estimate under a
-            prior on neighbouring pixels.
+            total variation by signed Adam, which suits ReLU networks;
+            ``gradinversion`` adds what BatchNorm tells of the batch and pulls the
+            restarts together, for batches behind deep networks whose clients send
+            their buffers; ``exact`` solves equations where the model allows it, needs
+            no iterations and certifies its answer; ``gaussian-map`` anneals towards
+            the most probable images under ``prior``, which is what batches and
+            aggregates need; ``vae-map`` does so under a VAE, and ``vae-posterior``
+            averages draws from its posterior; ``diffusion-latent``,
+            ``diffusion-posterior`` and ``gradinvdiff`` take a diffusion model for
+            their prior; ``auto`` takes ``exact`` where its certificate holds,
+            otherwise ``gaussian-map`` for several samples, and the search that suits
+            the model for one. Where the update of one sample is noisy, ``auto`` ends
+            with the MAP estimate under a prior on neighbouring pixels.
         prior: What attacks under a prior know of images: a name or a folder for
             ``load_prior``, or a prior for the update's image shape. By default
             ``spectrum`` for ``gaussian-map``, and what comes with the package for
@@ -108,7 +111,8 @@ def invert(
         seed: Seed of the random starts; the same call gives the same result.
         init_scale: Standard deviation of the noise around grey (0.5) at the start.
         tv_weight: Weight of the total variation of the images in the loss; the
-            recipe's own by default: 0.01 for ``inverting-gradients``, otherwise 0.
+            recipe's own by default: 0.01 for ``inverting-gradients`` and
+            ``gradinversion``, otherwise 0.
         distance: How gradients are compared, instead of the recipe's way: ``squared``,
             ``cosine``, ``absolute``, ``layerwise``, or a function like those of
             ``gradinv_helpers.attacks.matching``.
@@ -233,7 +237,9 @@ def invert_clients(
         guess.certificate.determined for guess in guesses.values()
     )
     several = updates[0].num_samples > 1
-    falls_to_prior = attack == "auto" and several and not settled and not spoilt
+    encoded = updates[0].encoding is not None  # only likelihoods read messages
+    by_default = encoded or (several and not spoilt)
+    falls_to_prior = attack == "auto" and by_default and not settled
     if attack in DEFAULT_PRIORS or falls_to_prior:
         name = "gaussian-map" if attack == "auto" else attack
         wishes = (labels, seed, checkpoint, on_step, name, prior, asked)
@@ -268,13 +274,12 @@ def invert_clients(
     most = max(1, (_TRIALS_CPU if on_cpu else _TRIALS_GPU) // restarts)
     chunks = _evenly(open_ones, most)
 
+    kind = GradInversionProblem if attack == "gradinversion" else MatchingProblem
     problems = []
     for chosen in chunks:
         of_chosen = plan.labels and [plan.labels[k] for k in chosen]
         problems.append(
-            MatchingProblem(
-                [updates[k] for k in chosen], replace(plan, labels=of_chosen)
-            )
+            kind([updates[k] for k in chosen], replace(plan, labels=of_chosen))
         )
 
     def search(number: int, tell: Callable[[Step], None]) -> Search:

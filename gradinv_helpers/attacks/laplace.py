@@ -285,7 +285,7 @@ class LatentJacobian:
         shape = posterior.num_samples, posterior.prior.size
         like = self.posterior.like
         self.latents = point.detach().to(like).reshape(shape)
-        self.scales = [math.sqrt(v) for v in self.posterior.variances(level)]
+        self.scales = self.posterior.spreads(level)
         self.shapes = [target.shape[1:] for target in self.posterior.targets]
         self.sizes = [shape.numel() for shape in self.shapes]
         self.parts: list[Linearisation] = []  # each image's own, or that of all

@@ -35,7 +35,9 @@ import torch
 from torch import Tensor
 
 from gradinv_helpers.attacks.joint_separation import separate_jointly
+from gradinv_helpers.attacks.label_search import infer_encoded_labels
 from gradinv_helpers.attacks.labels import infer_labels
+from gradinv_helpers.attacks.likelihood import Quantised
 from gradinv_helpers.attacks.optimise import Minimiser, TrialState
 from gradinv_helpers.attacks.plan import has_kinks
 from gradinv_helpers.attacks.posterior import Posterior
@@ -57,6 +59,7 @@ _STEP = 10**0.5
 _IN_DOUBLE = 5e-5  # below this level, rounding of float32 is in the way
 _FLAT, _FLAT_AT_LAST, _PATIENCE = 1e-3, 2e-4, 2
 _NOISE_SHARE = 0.3  # of the noise, where annealing ends
+_STEP_SHARE = 0.03  # of the smallest step of quantised entries, likewise
 # Where a level ends with this share of the residual of the level above, or more, the
 # rest is noise: without noise it falls to a third.
 _STALLED = 0.8
@@ -107,6 +110,8 @@ class MapEstimate:
             stated by the protocol or found in a residual that would not fall; 0 for
             none.
         latents: Latents (N, d) of the images.
+        label_shares: Class probabilities (N, K) of images that were mixed in pairs;
+            ``None`` where every image has one label.
 
     Taught in: notebooks/04_aggregated_gradients.
     """
@@ -116,6 +121,7 @@ class MapEstimate:
     separated: bool
     noise: float
     latents: Tensor
+    label_shares: Tensor | None = None
 
 
 def map_estimate(
@@ -171,9 +177,12 @@ def map_estimate(
         raise InputError("prior", f"images of shape {shape}", known.image_shape)
     source = "given (upper bound)"
     features = None
+    if labels is None and update.encoding is not None and not update.encoding.exact:
+        labels, source = infer_encoded_labels(update, known), "inferred (likelihood)"
     if labels is None:
         labels, source = infer_labels(update), "inferred (counts)"
     plain = not update.noise_std and update.training.clip_norm is None
+    plain &= update.encoding is None
     if update.num_samples > 1 and plain and order is None:
         found = _taken_apart(update, labels, source, seed)
         if found is not None and source.startswith("given"):
@@ -284,9 +293,14 @@ class _Annealing:
         places = [*(stage.iterations for stage in self.stages), self.spent]
         kept = dict(zip(places, snapshots, strict=True))
         why = "cosine, Adam" if self.by_cosine else "annealed L-BFGS"
+        if update.encoding is not None:
+            why += f", likelihood of {update.encoding.kind} messages"
+        shares = None
+        if posterior.mixed:
+            shares = posterior.label_shares(self.best[None])[0].float().cpu()
         found = Reconstruction(
             images=images,
-            labels=posterior.labels.cpu(),
+            labels=posterior.labels.cpu() if shares is None else shares.argmax(1),
             losses=tuple(self.losses),
             iterations=tuple(range(len(self.losses))),
             snapshots=torch.stack(list(kept.values())),
@@ -301,9 +315,15 @@ class _Annealing:
             seed=self.seed,
         )
         separated = posterior.features is not None
-        latents = self.best.detach().view(posterior.num_samples, -1).cpu()
-        stages = tuple(self.stages)
-        return MapEstimate(found, stages, separated, posterior.noise, latents)
+        unknowns = self.best.detach().view(posterior.num_samples, -1).cpu()
+        return MapEstimate(
+            reconstruction=found,
+            stages=tuple(self.stages),
+            separated=separated,
+            noise=posterior.noise,
+            latents=unknowns[:, : posterior.prior.size],
+            label_shares=shares,
+        )
 
     # --- smooth networks --------------------------------------------------------
 
@@ -469,6 +489,8 @@ class _Annealing:
         """Take a residual that no longer falls with the level for noise."""
         if self.posterior.noise or not self.stages or self.stopped:
             return False  # known already, or not minimised to the end
+        if self.posterior.update.encoding is not None:
+            return False  # what is left is the encoding
         before = self.stages[-1].misfit
         misfit = math.sqrt(float(self.posterior.misfit(point)[0]))
         if misfit < _STALLED * before or not _ROUNDING < misfit < _MOST_NOISE:
@@ -498,7 +520,7 @@ class _Annealing:
     def _exchange(self, points: Tensor, energies: Tensor, level: float) -> Tensor:
         """Take every class from the start in which it lies best."""
         best = int(energies.argmin())
-        size = self.posterior.prior.size
+        size = self.posterior.width
         classes = self._repeated()
         others = [k for k in range(len(points)) if k != best]
         candidates = [points[best]]
@@ -578,6 +600,8 @@ class _Annealing:
         facts = [self.seed, self.restarts, self.levels, self.inferred]
         facts += [posterior.order, posterior.labels.tolist(), posterior.noise]
         facts += [posterior.prior.name, posterior.update.training]
+        if posterior.update.encoding is not None:
+            facts.append(posterior.update.encoding)
         return fingerprint(facts, posterior.targets)
 
     def _keep(self, point: Tensor, done: int) -> None:
@@ -752,6 +776,13 @@ def _levels(posterior: Posterior, last: float) -> list[float]:
     if posterior.noise:
         largest = math.sqrt(max(posterior.norms))
         last = max(last, min(_FIRST, _NOISE_SHARE * posterior.noise / largest))
+    steps = [
+        law.step / math.sqrt(norm)
+        for law, norm in zip(posterior.likelihoods, posterior.norms, strict=True)
+        if isinstance(law, Quantised) and norm
+    ]
+    if steps:  # what is rounded away does not come back at lower levels
+        last = max(last, min(_FIRST, _STEP_SHARE * min(steps)))
     first = _FIRST_OF_REPLAY if posterior.steps else _FIRST
     count = max(0, round(math.log(first / last) / math.log(_STEP)))
     return [first / _STEP**k for k in range(count + 1)]

@@ -21,6 +21,7 @@ ATTACKS: tuple[str, ...] = (
     "dlg",
     "idlg",
     "inverting-gradients",
+    "gradinversion",
     "gaussian-map",
     "exact",
     "vae-map",
@@ -107,8 +108,11 @@ def make_plan(
         name = "dlg"
     if hindrance:
         reason += f"; the label cannot be read off: {hindrance}"
-    by_cosine = name == "inverting-gradients"
+    by_cosine = name in ("inverting-gradients", "gradinversion")
     if optimiser == "levenberg-marquardt":
+        if name == "gradinversion":
+            expected = "an attack without further terms for 'levenberg-marquardt'"
+            raise InputError("attack", expected, repr(name))
         _check_squares(updates, known, distance, tv_weight)
         by_cosine, tv_weight = False, 0.0
     if isinstance(distance, str):
@@ -178,6 +182,12 @@ def _labels(
         return known, "given (upper bound)", ""
     unknown = "fitted with the images"
     one = updates[0].num_samples == 1
+    if attack == "gradinversion":
+        try:
+            found = [infer_labels(update) for update in updates]
+        except InputError as error:
+            return None, unknown, str(error)
+        return found, "inferred (counts)", ""
     if asked == "auto" and not one:
         try:  # for small batches; it fails rather than being wrong
             found = [infer_labels(update, method="exact") for update in updates]

@@ -10,7 +10,9 @@ which the images are a function D of independent standard normal latents u, give
 
 The variance is that of the noise that the protocol states, plus a tempering
 :math:`\tau^2 \|g_l\|^2` in layer l: a large :math:`\tau` trusts the prior and has few
-optima, a small one trusts the update to its last digit.
+optima, a small one trusts the update to its last digit. Where a defence has encoded the
+entries, the likelihood of the message takes the place of the square; where images were
+mixed in pairs, their labels are unknowns beside the latents.
 
 Taught in: notebooks/04_aggregated_gradients.
 """
@@ -31,6 +33,12 @@ from gradinv_helpers.attacks.gradients import (
     trials_at_once,
 )
 from gradinv_helpers.attacks.last_layer import last_layer_input
+from gradinv_helpers.attacks.likelihood import (
+    Gaussian,
+    Pruned,
+    Sign,
+    likelihoods_of,
+)
 from gradinv_helpers.attacks.matching import (
     cosine_distance,
     normalized_groups,
@@ -50,6 +58,9 @@ from gradinv_helpers.updates import SharedUpdate
 
 _CANCELLED = 16  # roundings of the largest gradient: smaller ones are nothing else
 _SMALLEST = 1e-15  # standard deviation of the entries of a layer of zeros
+# Labels of mixed images: the logits' standard deviation, and the share of its own label
+# that an image is taken to have before anything is known.
+_LOGIT, _OWN_LABEL = 2.0, 0.7
 
 
 class Posterior:
@@ -58,7 +69,8 @@ class Posterior:
     Args:
         update: What the server saw.
         prior: What is known of images.
-        labels: Label of every image (N,).
+        labels: Label of every image (N,); of a mixture, the label it is likeliest to
+            have most of.
         features: Input of the last layer for every image (N, d), where it is known:
             another set of equations, in which images do not mix.
         order: For several local steps, which images each of them takes, as for
@@ -79,12 +91,16 @@ class Posterior:
         self.labels, self.features, self.order = labels, features, order
         self.model = copy.deepcopy(update.model)
         self.steps = _steps_to_replay(update)
-        as_sent = self.steps > 0 or _has_statistics(update)
+        as_sent = self.steps > 0 or _has_statistics(update) or _is_encoded(update)
         stated = _stated(update, as_sent=as_sent)
         self.num_gradients = len(stated)  # the rest are changes of statistics
         if _has_statistics(update):
             stated += shared_statistics(update)
         self.targets: Gradients = [tensor[None] for tensor in stated]
+        encoding = update.encoding
+        self.likelihoods = likelihoods_of(encoding, list(update.tensors))
+        self.likelihoods += [Gaussian()] * (len(stated) - self.num_gradients)
+        self.mixed = encoding is not None and encoding.kind == "mixed"
         # Of a change: what it is divided by to become a gradient.
         rate = update.training.lr if update.kind == "delta" and not as_sent else 1.0
         self.noise = update.noise_std / rate
@@ -113,6 +129,27 @@ class Posterior:
     def _one_hot(self) -> Tensor:
         labels = self.labels.to(self.like.device)
         return F.one_hot(labels, self.num_classes).to(self.like)
+
+    def _split(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents (A, N, d) and class probabilities (A, N, K) of points (A, size)."""
+        parts = points.unflatten(-1, (self.num_samples, self.width))
+        latents = parts[..., : self.prior.size]
+        if not self.mixed:
+            return latents, self.classes.expand(len(points), -1, -1)
+        mean = self.classes.mean(0, keepdim=True)
+        start = _OWN_LABEL * self.classes + (1 - _OWN_LABEL) * mean
+        start = (start + 1e-3 / self.num_classes).log()
+        return latents, (start + _LOGIT * parts[..., self.prior.size :]).softmax(-1)
+
+    def _join(
+        self, points: Tensor, classes: Tensor, to_latents: Tensor, to_classes: Tensor
+    ) -> Tensor:
+        """The slope (A, size) of an energy by points, the prior's included."""
+        if self.mixed:  # through the softmax
+            mean = (classes * to_classes).sum(-1, keepdim=True)
+            to_logits = _LOGIT * classes * (to_classes - mean)
+            to_latents = torch.cat([to_latents, to_logits], -1)
+        return to_latents.flatten(1) + 2 * points
 
     def _map(self) -> GradientMap:
         update, statistics = self.update, _has_statistics(self.update)
@@ -164,9 +201,14 @@ class Posterior:
         return self.steps > 1 and batch_size is not None and batch_size < largest
 
     @property
+    def width(self) -> int:
+        """Unknowns of one image: its latents, and the logits of a mixed label."""
+        return self.prior.size + (self.num_classes if self.mixed else 0)
+
+    @property
     def size(self) -> int:
-        """Latents of all images together."""
-        return self.num_samples * self.prior.size
+        """Unknowns of all images together."""
+        return self.num_samples * self.width
 
     @property
     def entry(self) -> float:
@@ -181,9 +223,13 @@ class Posterior:
         return forward_work(self.model, self.update.image_shape) * self.num_samples
 
     def images(self, points: Tensor) -> Tensor:
-        """Images (..., N, C, H, W) of latents (..., size), not yet clamped."""
-        latents = points.unflatten(-1, (self.num_samples, self.prior.size))
-        return self.prior.decode(latents.to(self.like))
+        """Images (..., N, C, H, W) of points (..., size), not yet clamped."""
+        latents = points.unflatten(-1, (self.num_samples, self.width))
+        return self.prior.decode(latents[..., : self.prior.size].to(self.like))
+
+    def label_shares(self, points: Tensor) -> Tensor:
+        """Class probabilities (A, N, K) of points (A, size)."""
+        return self._split(points.to(self.like))[1]
 
     def energy(self, points: Tensor, level: float) -> tuple[Tensor, Tensor]:
         """Energy (A,) and its derivative (A, size) of points (A, size).
@@ -196,25 +242,56 @@ class Posterior:
         return torch.cat([e for e, _ in found]), torch.cat([d for _, d in found])
 
     def _energy(self, points: Tensor, level: float) -> tuple[Tensor, Tensor]:
-        latents = points.unflatten(-1, (self.num_samples, self.prior.size))
+        latents, classes = self._split(points)
         images = self.prior.decode(latents)
-        classes = self.classes.expand(len(points), -1, -1)
         gradients, pullback = self.map(images, classes)
-        energy = latents.double().square().sum((1, 2))
-        slopes = []
-        for gradient, target, variance in zip(
-            gradients, self.targets, self.variances(level), strict=True
-        ):
-            gap = gradient - target
-            energy = energy + squared_norm([gap]).double() / variance
-            slopes.append(gap * (2 / variance))
-        to_images, _ = pullback(slopes)
+        energy, slopes = self.likelihood(gradients, level)
+        energy = points.double().square().sum(1) + energy
+        to_images, to_classes = pullback(slopes)
         if self.features is not None:
             gap_energy, slope = self._feature_gap(images)
             energy = energy + gap_energy.double() / level**2
             to_images = to_images + slope / level**2
-        slope = self.prior.pull_back(latents, to_images) + 2 * latents
-        return energy, slope.flatten(1)
+        to_latents = self.prior.pull_back(latents, to_images)
+        return energy, self._join(points, classes, to_latents, to_classes)
+
+    def likelihood(
+        self, gradients: Gradients, level: float
+    ) -> tuple[Tensor, Gradients]:
+        """-2 log likelihood (A,) of computed updates (A, ...), and its slopes."""
+        energy = gradients[0].new_zeros(len(gradients[0]), dtype=torch.float64)
+        slopes = []
+        for law, gradient, target, variance in zip(
+            self.likelihoods,
+            gradients,
+            self.targets,
+            self.variances(level),
+            strict=True,
+        ):
+            part, slope = law.energy(gradient, target, variance)
+            energy = energy + part
+            slopes.append(slope)
+        return energy, slopes
+
+    def gaps(self, gradients: Gradients) -> Gradients:
+        """How far computed updates are from the nearest that would be sent alike."""
+        rows = zip(self.likelihoods, gradients, self.targets, strict=True)
+        return [law.gap(gradient, target) for law, gradient, target in rows]
+
+    def spreads(self, level: float) -> list[Tensor | float]:
+        """Standard deviation of the entries of each layer, infinite where unsent.
+
+        Raises:
+            InputError: Only signs were sent, or labels are unknown shares.
+        """
+        got = "signs" if any(isinstance(x, Sign) for x in self.likelihoods) else ""
+        got = "mixed labels" if self.mixed else got
+        if got:
+            expected = "a Gaussian likelihood of the latents alone"
+            raise InputError("update", expected, got)
+        rows = zip(self.likelihoods, self.targets, self.variances(level), strict=True)
+        found = [law.spread(target[0], variance) for law, target, variance in rows]
+        return [s.flatten() if isinstance(s, Tensor) else s for s in found]
 
     def variances(self, level: float) -> list[float]:
         """Variance of every entry of each layer: tempering, noise and rounding."""
@@ -229,36 +306,46 @@ class Posterior:
         Statistics of BatchNorm have a length: their mean relative squared error is
         added to the cosine's distance.
         """
-        latents = points.unflatten(-1, (self.num_samples, self.prior.size))
+        latents, classes = self._split(points)
         images = self.prior.decode(latents)
-        classes = self.classes.expand(len(points), -1, -1)
         gradients, pullback = self.map(images, classes)
         pairs = zip(self.targets, gradients, strict=True)
         targets = [target.expand_as(gradient) for target, gradient in pairs]
         count = self.num_gradients
-        distance, slopes = cosine_distance(gradients[:count], targets[:count])
-        distance = distance.double()
+        visible = self.visible(gradients[:count])
+        distance, slopes = cosine_distance(visible, targets[:count])
+        distance, slopes = distance.double(), self.visible(slopes)
         moved = list(zip(gradients, targets, self.norms, strict=True))[count:]
         for found, sent, norm in moved:  # lengths count here: relative squared errors
             weight = 0.5 / (len(moved) * max(norm, _SMALLEST))
             distance = distance + weight * squared_norm([found - sent]).double()
             slopes.append(2 * weight * (found - sent))
-        to_images, _ = pullback(slopes)
+        to_images, to_classes = pullback(slopes)
         distance, to_images = 2 * distance, 2 * to_images
         if self.features is not None:
             gap, slope = self._feature_gap(images)
             distance, to_images = distance + gap.double(), to_images + slope
-        energy = distance / level**2 + latents.double().square().sum((1, 2))
-        slope = self.prior.pull_back(latents, to_images) / level**2 + 2 * latents
-        return energy, slope.flatten(1)
+        energy = distance / level**2 + points.double().square().sum(1)
+        to_latents = self.prior.pull_back(latents, to_images) / level**2
+        to_classes = 2 * to_classes / level**2
+        return energy, self._join(points, classes, to_latents, to_classes)
+
+    def visible(self, tensors: Gradients) -> Gradients:
+        """The entries that were sent of computed tensors, with zeros elsewhere."""
+        rows = zip(self.likelihoods, tensors, self.targets, strict=False)
+        return [
+            tensor * (sent != 0) if isinstance(law, Pruned) else tensor
+            for law, tensor, sent in rows
+        ]
 
     def feature_energy(self, points: Tensor, level: float) -> tuple[Tensor, Tensor]:
         """Energy of the features alone: relative gap² / level² + ||u||²."""
-        latents = points.unflatten(-1, (self.num_samples, self.prior.size))
+        latents, classes = self._split(points)
         gap, to_images = self._feature_gap(self.prior.decode(latents))
-        energy = gap.double() / level**2 + latents.double().square().sum((1, 2))
-        slope = self.prior.pull_back(latents, to_images / level**2) + 2 * latents
-        return energy, slope.flatten(1)
+        energy = gap.double() / level**2 + points.double().square().sum(1)
+        to_latents = self.prior.pull_back(latents, to_images / level**2)
+        nothing = torch.zeros_like(classes)
+        return energy, self._join(points, classes, to_latents, nothing)
 
     def _feature_gap(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Relative squared error (A,) of the last layer's inputs, and its slope."""
@@ -280,9 +367,9 @@ class Posterior:
         """Relative squared distance (A,) to the update, the prior left aside."""
         parts = []
         for some in points.split(self.together):
-            classes = self.classes.expand(len(some), -1, -1)
-            gradients, _ = self.map(self.images(some), classes)
-            gaps = [a - b for a, b in zip(gradients, self.targets, strict=True)]
+            latents, classes = self._split(some.to(self.like))
+            gradients, _ = self.map(self.prior.decode(latents), classes)
+            gaps = self.gaps(gradients)
             parts.append(squared_norm(gaps) / squared_norm(self.targets))
         return torch.cat(parts)
 
@@ -294,7 +381,12 @@ def _steps_to_replay(update: SharedUpdate) -> int:
     recipe = update.training
     steps = max(recipe.num_steps(size) for size in update.group_sizes or ())
     plain = steps == 1 and recipe.optimiser != "adam" and not update.normalized
-    return 0 if plain else steps
+    return 0 if plain and not _is_encoded(update) else steps
+
+
+def _is_encoded(update: SharedUpdate) -> bool:
+    """Whether tensors hold messages instead of what was computed."""
+    return update.encoding is not None and not update.encoding.exact
 
 
 def _has_statistics(update: SharedUpdate) -> bool:

@@ -205,24 +205,25 @@ def sample_posterior(
     source = "given (upper bound)" if labels is not None else "inferred (counts)"
     if isinstance(start, str):
         check_choice("start", start, ("map", "prior"))
-    images = None
+    found = None
     if isinstance(start, str) and start == "map":
         last = max(tau, _MAP_LAST)
         estimate = map_estimate(
             update, prior=known, labels=labels, seed=seed, last_level=last
-        ).reconstruction
-        images = estimate.images
+        )
+        found = estimate.latents
         if labels is None:
-            labels, source = estimate.labels, estimate.label_source
+            labels = estimate.reconstruction.labels
+            source = estimate.reconstruction.label_source
     if labels is None:
         labels = infer_labels(update)
     posterior = _in_double(Posterior(update, known, labels, order=order))
     laplace = None
     with cpu_threads(posterior.work):
         point = start if isinstance(start, Tensor) else None
-        if images is not None:
-            found = posterior.prior.encode(images.to(posterior.like))
-            point = _polish(posterior, found.reshape(1, -1), tau)
+        if found is not None:
+            whole = found.to(posterior.like).reshape(1, -1)
+            point = _polish(posterior, whole, tau)
         if point is not None:
             if point.numel() != posterior.size:
                 raise InputError("start", f"{posterior.size} latents", point.numel())

@@ -16,4 +16,6 @@ SUITES: tuple[str, ...] = (
     "wall",
     "fedavg",
     "priors",
+    "privacy",
+    "secagg",
 )

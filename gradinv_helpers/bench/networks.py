@@ -1,22 +1,27 @@
-"""Suite ``networks``: what comes back from deeper networks, from one image to eight.
+"""Suite ``networks``: batches behind deeper networks, with BatchNorm in every mode.
 
-Random ConvNets and ResNet-18s, each with a batch of its own behind its gradient. The
-attack is ``auto`` with a budget of updates; labels are inferred where they can be, else
-fitted. No published recipe runs beside it: the floors are the comparison.
+A random ConvNet without BatchNorm, a ConvNet with BatchNorm after one epoch of
+training, and a random ResNet-18. A BatchNorm layer normalises by its running
+statistics (eval mode) or by those of the batch (train mode), and in train mode the
+client sends its new buffers along or keeps them back. All attacks have the same budget
+of updates and the same inferred labels; beside them stands what the labels alone give.
 
-Taught in: notebooks/03_stronger_matching.
+Taught in: notebooks/04_aggregated_gradients.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradinv_helpers.attacks.invert import invert
+from gradinv_helpers.attacks.labels import infer_labels
+from gradinv_helpers.bench.figures import panels
 from gradinv_helpers.bench.suite import (
     Record,
     Report,
@@ -34,48 +39,144 @@ from gradinv_helpers.bench.suite import (
     with_interval,
     with_quartiles,
 )
+from gradinv_helpers.classifier import accuracy, train_classifier
 from gradinv_helpers.data import Images
 from gradinv_helpers.metrics import score
 from gradinv_helpers.models import build_model
-from gradinv_helpers.plots import strip
-from gradinv_helpers.updates import local_update
+from gradinv_helpers.updates import SharedUpdate, local_update
 
-MODELS: tuple[str, ...] = ("convnet", "resnet18")
-BATCH_SIZES: tuple[int, ...] = (1, 4, 8)
-_BATCHES = {1: 4, 4: 2, 8: 2}  # per image asked for: large batches hold many images
+CONVNET, WITH_BATCH_NORM, RESNET = "convnet", "convnet-bn", "resnet18"
+NO_LAYERS, EVAL = "no BatchNorm", "eval"
+SENT, KEPT = "train, buffers sent", "train, buffers kept back"
+COSINE, MOMENTS, MAP = "inverting-gradients", "gradinversion", "gaussian-map"
+BATCH_SIZES: tuple[int, ...] = (1, 4, 8, 16)
 _UPDATES_PER_ITERATION = 20
+_SHARE = 0.4  # of the updates: what a ResNet-18 gets
+_MOST_BY_MAP = 4  # images behind a ResNet-18; larger batches take it too long
 
 
 @dataclass(frozen=True)
+class Case:
+    """One cell of the design.
+
+    Args:
+        model: The network.
+        mode: How BatchNorm is used.
+        attack: Name of the attack.
+        batch_size: Images behind the update.
+        number: Number of the batch.
+    """
+
+    model: str
+    mode: str
+    attack: str
+    batch_size: int
+    number: int
+
+    @property
+    def cost(self) -> int:
+        """How long it takes, beside the others."""
+        return self.batch_size * (3 if self.model == RESNET else 1)
+
+    @property
+    def key(self) -> str:
+        """Its name."""
+        what = f"{self.model}, {self.mode}, {self.attack}"
+        return f"{what}, {self.batch_size} images, batch {self.number}"
+
+
+def cases(repeats: int = 1, *, quick: bool = False) -> list[Case]:
+    """List all cells, cheap ones first.
+
+    Attacks that would only repeat another cell are left out: without BatchNorm, or
+    with running statistics that nothing has moved, ``gradinversion`` with one start is
+    the cosine's search, and the cosine does not read buffers.
+    """
+    design = [
+        (CONVNET, NO_LAYERS, (COSINE, MAP)),
+        (WITH_BATCH_NORM, SENT, (MOMENTS, MAP)),
+        (WITH_BATCH_NORM, KEPT, (COSINE, MOMENTS, MAP)),
+        (WITH_BATCH_NORM, EVAL, (COSINE, MOMENTS, MAP)),
+        (RESNET, SENT, (MOMENTS,)),
+        (RESNET, KEPT, (COSINE,)),
+        (RESNET, EVAL, (COSINE, MAP)),
+    ]
+    if quick:
+        design = [(WITH_BATCH_NORM, SENT, (MOMENTS, MAP))]
+    found = [
+        Case(model, mode, attack, size, number)
+        for model, mode, attacks in design
+        for attack in attacks
+        for size in ((1, 2) if quick else BATCH_SIZES)
+        for number in range(repeats)
+        if (model, attack) != (RESNET, MAP) or size <= _MOST_BY_MAP
+    ]
+    return sorted(found, key=lambda case: case.cost)
+
+
+@dataclass(frozen=True, eq=False)
 class _Bench:
-    """Images and models of the suite; batch k is behind the models of seed k."""
+    """Images and networks of the suite."""
 
     setting: Setting
     pool: Images
+    train: Images
 
-    def model(self, name: str, seed: int) -> nn.Module:
-        """A random network."""
-        channels, size, _ = self.pool.shape
-        model = build_model(
-            name,
-            in_channels=channels,
-            image_size=size,
-            num_classes=max(2, self.pool.num_classes),
-            seed=seed,
-        )
-        return model.to(self.setting.device)
+    @functools.cached_property
+    def class_means(self) -> Tensor:
+        """Mean training image of every class (K, C, H, W)."""
+        pixels, labels = self.train.pixels, self.train.labels
+        means = [pixels[labels == k].mean(0) for k in range(self.train.num_classes)]
+        return torch.stack(means)
 
-    def measure(self, name: str, batch_size: int, number: int) -> Record:
+    @functools.cached_property
+    def with_batch_norm(self) -> nn.Module:
+        """A ConvNet whose running statistics are those of one epoch."""
+        self.setting.say("training the ConvNet with BatchNorm, epochs: 1")
+        channels, size, _ = self.train.shape
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.setting.seed)
+            fresh = convnet_with_batch_norm(channels, size, self.train.num_classes)
+        return train_classifier(
+            self.train,
+            model=fresh,
+            epochs=1,
+            seed=self.setting.seed,
+            device=self.setting.device,
+        ).model
+
+    def model(self, case: Case) -> nn.Module:
+        """The network of one case in its mode."""
+        if case.model == WITH_BATCH_NORM:
+            model = self.with_batch_norm
+        else:
+            channels, size, _ = self.pool.shape
+            model = build_model(
+                case.model,
+                in_channels=channels,
+                image_size=size,
+                num_classes=max(2, self.pool.num_classes),
+                seed=self.setting.seed + case.number,
+            )
+        model = model.to(self.setting.device)
+        return model.train(case.mode in (SENT, KEPT))
+
+    def measure(self, case: Case) -> Record:
         """Attack one batch behind one network."""
-        seed = self.setting.seed + number
+        seed = self.setting.seed + case.number
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.pool), generator=generator)
-        truth = self.pool[order[:batch_size]]
-        update = local_update(self.model(name, seed), truth)
+        truth = self.pool[order[: case.batch_size]]
+        update = _shared(self.model(case), truth, case.mode)
+        labels = infer_labels(update, seed=seed).cpu()
         updates = self.setting.numbers["iterations"]
+        if case.model == RESNET:
+            updates = int(_SHARE * updates)
         attack = functools.partial(
             invert,
             update,
+            attack=case.attack,
+            labels=labels,
             iterations=max(1, updates // _UPDATES_PER_ITERATION),
             restarts=1,
             seed=seed,
@@ -83,89 +184,139 @@ class _Bench:
         found, seconds = timed(attack, self.setting.device)
         stop_if_interrupted(found)
         result = score(found, truth, others=self.pool)
+        told = Images(self.class_means[labels], labels, truth.class_names)
         return {
-            "model": name,
-            "batch_size": batch_size,
-            "number": number,
+            **dataclasses.asdict(case),
             "psnr": list(result.psnr),
-            "labels_right": result.label_correct and sum(result.label_correct),
+            "labels_right": sum(result.label_correct or ()),
             "floors": {name: list(f.psnr) for name, f in result.floors.items()},
-            "ran": found.attack,
+            "labels_alone": list(score(told, truth).psnr),
             "stopped": found.stopped,
             "seconds": seconds,
         }
 
 
+def _shared(model: nn.Module, truth: Images, mode: str) -> SharedUpdate:
+    update = local_update(model, truth)
+    return dataclasses.replace(update, buffers=None) if mode == KEPT else update
+
+
+def convnet_with_batch_norm(
+    in_channels: int, image_size: int, num_classes: int
+) -> nn.Module:
+    """The ConvNet of ``build_model`` with BatchNorm between convolution and ReLU."""
+    layers: list[nn.Module] = []
+    before = in_channels
+    for place, width in enumerate((32, 64, 64, 64)):
+        convolution = nn.Conv2d(before, width, 3, padding=1, bias=False)
+        layers += [convolution, nn.BatchNorm2d(width), nn.ReLU()]
+        layers += [nn.MaxPool2d(2)] * (place % 2)
+        before = width
+    side = image_size // 2 // 2
+    layers += [nn.Flatten(), nn.Linear(before * side * side, num_classes)]
+    return nn.Sequential(*layers)
+
+
 def _tasks(setting: Setting) -> list[Task]:
-    bench = _Bench(setting, setting.images())
-    sizes = BATCH_SIZES[:2] if setting.quick else BATCH_SIZES
-    tasks = []
-    for name in MODELS[:1] if setting.quick else MODELS:
-        for size in sizes:
-            for number in range(_BATCHES[size] * setting.numbers["repeats"]):
-                run = functools.partial(bench.measure, name, size, number)
-                tasks.append(Task(f"{name}, {size} images, batch {number}", run))
-    return tasks
+    bench = _Bench(setting, setting.images(), setting.images("train"))
+    setting.notes["models"] = {
+        f"{WITH_BATCH_NORM}, 1 epoch": {
+            "test_accuracy": accuracy(bench.with_batch_norm, bench.pool)
+        }
+    }
+    return [
+        Task(case.key, functools.partial(bench.measure, case))
+        for case in cases(setting.numbers["repeats"], quick=setting.quick)
+    ]
 
 
-def _report(records: Sequence[Record], setting: Setting) -> Report:
-    rows, cases, groups, floors = [], [], {}, {}
-    for name in distinct(records, "model"):
-        for size in distinct(chosen(records, model=name), "batch_size"):
-            found = chosen(records, model=name, batch_size=size)
-            row, case = _case(found)
-            rows.append([name, f"{size}", *row])
-            cases.append({"model": name, "batch_size": size, **case})
-            groups[f"{name}\nB = {size}"] = _images(found)
-            floors[f"{name}\nB = {size}"] = case["floor"]["value"]
-    figure = strip(
-        groups,
-        ylabel="PSNR (dB)",
-        floor=floors,
-        floor_label="best floor of each image",
-    )
-    note = (
-        "One point per image; means with bootstrap intervals over images. The floor of "
-        "an image is the best of: a constant image, another image, the mean of the "
-        "batch. Batch k is behind the network of seed k. Budget: "
-        f"{setting.numbers['iterations']} updates, one start. Labels are "
-        "inferred where the last layer gives them away, else fitted with the images."
-    )
-    return Report({"cases": cases}, f"{markdown(_HEAD, rows)}\n\n{note}", figure)
-
+# --- what comes of it -------------------------------------------------------------
 
 _HEAD = [
     "network",
+    "BatchNorm",
+    "attack",
     "batch size",
     "batches",
     "PSNR, dB (95 %)",
+    "labels alone, dB",
     "floor, dB (95 %)",
     "above the floor, dB (95 %)",
     "images above their floor",
     "labels right",
-    "attack",
     "seconds (quartiles)",
 ]
+_WHAT = ("model", "mode", "attack", "batch_size")
 
 
-def _images(found: Sequence[Record]) -> list[float]:
-    return [psnr for record in found for psnr in record["psnr"]]
+def _report(records: Sequence[Record], setting: Setting) -> Report:
+    groups: dict[tuple, list[Record]] = {}
+    order = list(dict.fromkeys((c.model, c.mode, c.attack) for c in cases()))
+    for record in sorted(records, key=lambda r: order.index(_place(r))):
+        groups.setdefault(tuple(record[name] for name in _WHAT), []).append(record)
+    rows, found = [], []
+    for what, some in groups.items():
+        row, case = _case(some)
+        rows.append([f"{part}" for part in what] + row)
+        found.append({**dict(zip(_WHAT, what, strict=True)), **case})
+    figure = panels(
+        dict(_charts(found)),
+        xlabel="images in the batch",
+        ylabels=["mean PSNR (dB)"],
+        columns=3,
+        floor="floor",
+    )
+    updates = setting.numbers["iterations"]
+    note = (
+        "Means over images with bootstrap intervals. The floor of an image is the best "
+        "of: a constant image, another image, the mean of the batch. Labels alone: the "
+        "mean training image of every inferred class. Labels are inferred and given to "
+        f"all attacks alike. Budget: {updates} updates, {int(_SHARE * updates)} for "
+        f"{RESNET}; one start. {CONVNET} and {RESNET} are untrained (batch k behind "
+        f"the network of seed k), {WITH_BATCH_NORM} has seen one epoch of the train "
+        f"split. {COSINE} reads no buffers: its result is the same whether they are "
+        f"sent or not. {MOMENTS} with one start is {COSINE} where nothing is known of "
+        f"the moments, as behind a random {RESNET} that sends no buffers."
+    )
+    return Report({"cases": found}, f"{markdown(_HEAD, rows)}\n\n{note}", figure)
+
+
+def _place(record: Record) -> tuple[str, str, str]:
+    return record["model"], record["mode"], record["attack"]
+
+
+def _charts(found: Sequence[Record]) -> Iterator[tuple[str, dict]]:
+    """PSNR against batch size of every attack, for each network and mode."""
+    for model in distinct(found, "model"):
+        for mode in distinct(chosen(found, model=model), "mode"):
+            own = chosen(found, model=model, mode=mode)
+            lines, floor = {}, {}
+            for attack in distinct(own, "attack"):
+                points = chosen(own, attack=attack)
+                sizes = [float(case["batch_size"]) for case in points]
+                lines[attack] = (sizes, [case["psnr"]["value"] for case in points])
+            for case in own:
+                floor[float(case["batch_size"])] = case["floor"]["value"]
+            lines["floor"] = (list(floor), list(floor.values()))
+            yield f"{model}\n{mode}", lines
 
 
 def _case(found: Sequence[Record]) -> tuple[list[str], Record]:
     """One line of the table, and the same as numbers."""
-    psnr = _images(found)
+    psnr = [value for record in found for value in record["psnr"]]
+    alone = [value for record in found for value in record["labels_alone"]]
     lowest = [
         max(values)
         for record in found
         for values in zip(*record["floors"].values(), strict=True)
     ]
-    right = sum(record["labels_right"] or 0 for record in found)
+    right = sum(record["labels_right"] for record in found)
     seconds = [record["seconds"] for record in found]
     above = sum(a > b for a, b in zip(psnr, lowest, strict=True))
     case = {
         "batches": len(found),
         "psnr": mean_with_interval(psnr),
+        "labels_alone": mean_with_interval(alone),
         "floor": mean_with_interval(lowest),
         "gain": mean_difference(psnr, lowest),
         "above_floor": above,
@@ -175,18 +326,18 @@ def _case(found: Sequence[Record]) -> tuple[list[str], Record]:
     row = [
         f"{len(found)}",
         with_interval(case["psnr"]),
+        f"{case['labels_alone']['value']:.1f}",
         with_interval(case["floor"]),
         with_interval(case["gain"]),
         f"{above} of {len(psnr)}",
         f"{right} of {len(psnr)}",
-        ", ".join(distinct(found, "ran")),
         with_quartiles(seconds, 0),
     ]
     return row, case
 
 
 SUITE = Suite(
-    numbers={"repeats": 1, "iterations": 600},
+    numbers={"repeats": 1, "iterations": 100},
     quick={"repeats": 1, "iterations": 20},
     tasks=_tasks,
     report=_report,

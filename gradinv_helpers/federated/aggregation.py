@@ -22,6 +22,9 @@ def aggregate(
     so that every image counts the same, whichever client holds it. Independent
     Gaussian noise adds up in variance: :math:`\sigma^2 = \sum_k (n_k/N)^2 \sigma_k^2`.
 
+    The mean of several encoded updates is a number like any other: it carries no
+    encoding, not even where all clients have the same, and is read at face value.
+
     Args:
         updates: Updates of the same model with the same recipe.
         rule: ``mean``, weighted by the numbers of samples.
@@ -64,6 +67,7 @@ def aggregate(
             if sends_buffers and first.buffers is not None
             else None
         ),
+        encoding=first.encoding if len(updates) == 1 else None,
     )
 
 
@@ -80,6 +84,9 @@ def normalize(update: SharedUpdate) -> SharedUpdate:
     """
     if len(update.group_sizes or ()) != 1:
         raise InputError("update", "the update of one client", "an aggregate")
+    if update.encoding is not None and not update.encoding.exact:
+        hint = "normalise first: an encoding is the last thing that happens"
+        raise InputError("update", "one that is not encoded", "an encoding", hint)
     norm = math.sqrt(sum(float(t.double().square().sum()) for t in _floats(update)))
     if norm == 0:
         raise InputError("update", "a non-zero update", "all zeros")

@@ -1,25 +1,15 @@
-"""What a client can do to its update before sending it."""
+"""Gaussian noise on an update. Taught in: notebooks/02_dlg_four_steps."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
+from gradinv_helpers.defences.common import check_unencoded
 from gradinv_helpers.errors import check_number
 from gradinv_helpers.updates import SharedUpdate
-
-
-class Defence(Protocol):
-    """A change to an update that the client makes before sending it."""
-
-    def __call__(
-        self, update: SharedUpdate, *, generator: torch.Generator | None
-    ) -> SharedUpdate:
-        """The defended update."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -47,6 +37,8 @@ class GaussianNoise:
         self, update: SharedUpdate, *, generator: torch.Generator | None
     ) -> SharedUpdate:
         """The noisy update; it states the standard deviation, as a protocol would."""
+        if update.encoding is not None and not update.encoding.exact:
+            check_unencoded(update)
         std = self.std
         if self.relative:
             entries = sum(t.numel() for t in update.tensors.values())
@@ -63,25 +55,3 @@ class GaussianNoise:
         return update.replace_tensors(
             noisy, noise_std=math.hypot(std, update.noise_std)
         )
-
-
-def defend(
-    update: SharedUpdate,
-    *defences: Defence,
-    generator: torch.Generator | None = None,
-) -> SharedUpdate:
-    """Apply defences one after the other to what a client sends.
-
-    Args:
-        update: The client's update; it is left as it was.
-        defences: For example ``GaussianNoise(1e-3)``.
-        generator: Source of randomness; torch's global one where ``None``.
-
-    Returns:
-        The update that travels.
-
-    Taught in: notebooks/02_dlg_four_steps.
-    """
-    for defence in defences:
-        update = defence(update, generator=generator)
-    return update
