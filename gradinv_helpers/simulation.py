@@ -242,7 +242,7 @@ class RoundLeakage:
     @property
     def psnr(self) -> float | None:
         """Mean PSNR of the images in dB."""
-        return self.score and self.score.means()["psnr"]
+        return None if self.score is None else self.score.means()["psnr"]
 
     @property
     def floor(self) -> float | None:
@@ -278,6 +278,8 @@ class SimulationResult:
 
     Args:
         rounds: One report per round.
+        arrived: Clients whose message arrived, of each round; none in a round that was
+            lost because too few stayed.
         leakage: What the messages that were attacked gave away.
         epsilon: Privacy spent by every sample at ``DELTA``, for ``dp``.
         files: Files written, in order.
@@ -285,6 +287,7 @@ class SimulationResult:
     """
 
     rounds: tuple[RoundReport, ...]
+    arrived: tuple[tuple[int, ...], ...]
     leakage: tuple[RoundLeakage, ...]
     epsilon: float | None
     files: tuple[Path, ...]
@@ -293,13 +296,15 @@ class SimulationResult:
     def table(self) -> str:
         """A line per round, for the terminal."""
         lines = ["round  clients  accuracy   kB up  kB down  seconds  leakage"]
-        for report in self.rounds:
+        for report, arrived in zip(self.rounds, self.arrived, strict=True):
             found = [seen for seen in self.leakage if seen.round == report.round]
+            told = "; ".join(map(_told, found)) if arrived else "lost: too few stayed"
+            clients = f"{len(arrived)}/{len(report.participants)}"
             accuracy = "" if report.accuracy is None else f"{report.accuracy:.3f}"
             lines.append(
-                f"{report.round:5}  {len(report.participants):7}  {accuracy:>8}"
+                f"{report.round:5}  {clients:>7}  {accuracy:>8}"
                 f"  {report.bytes_up / 1e3:6.0f}  {report.bytes_down / 1e3:7.0f}"
-                f"  {report.seconds:7.2f}  {'; '.join(map(_told, found))}"
+                f"  {report.seconds:7.2f}  {told}".rstrip()
             )
         if self.epsilon is not None:
             lines.append(f"epsilon {self.epsilon:.2f} at delta {DELTA:g} (add/remove)")
@@ -368,6 +373,7 @@ def run_simulation(
     record.finish(interrupted, time.perf_counter() - begun)
     return SimulationResult(
         tuple(record.rounds),
+        tuple(record.arrived),
         tuple(record.leakage),
         record.epsilon(),
         tuple(record.files),
@@ -425,6 +431,7 @@ class _Record:
         self.train, self.examples = train, examples
         self.mix = _shares(train.labels, train.num_classes)
         self.rounds: list[RoundReport] = []
+        self.arrived: list[tuple[int, ...]] = []
         self.leakage: list[RoundLeakage] = []
         self.files: list[Path] = []
         self.shown: list[tuple[str, Figure]] = []
@@ -461,6 +468,7 @@ class _Record:
         arrived = [updates[k] for k in self.survivors]
         report = replace(report, bytes_up=sum(u.num_bytes for u in arrived))
         self.rounds.append(report)
+        self.arrived.append(tuple(report.participants[k] for k in self.survivors))
         every = self.options.attack_every
         if every and arrived and (report.round - 1) % every == 0:
             on_stage(f"attacking round {report.round}")
@@ -574,7 +582,10 @@ class _Record:
                     ).tolist()
                     for c in self.clients
                 ],
-                "rounds": [asdict(report) for report in self.rounds],
+                "rounds": [
+                    {**asdict(report), "arrived": arrived}
+                    for report, arrived in zip(self.rounds, self.arrived, strict=True)
+                ],
                 "leakage": [seen.to_dict() for seen in self.leakage],
                 "epsilon": self.epsilon(),
                 "interrupted": interrupted,

@@ -144,7 +144,9 @@ def _checked_examples(
         raise InputError("example_labels", f"{shape[0]} integers", tuple(labels.shape))
     if int(labels.min()) < 0 or int(labels.max()) >= layer.num_classes:
         raise InputError(
-            "example_labels", f"classes 0 to {layer.num_classes - 1}", labels.tolist()
+            "example_labels",
+            f"classes 0 to {layer.num_classes - 1}",
+            f"{int(labels.min())} to {int(labels.max())}",
         )
     fewest = int(labels.bincount(minlength=layer.num_classes).min())
     if fewest < 2:
@@ -167,6 +169,7 @@ class _Mixture:
         observed: The client's mean gradient (F,).
         noise: Covariance of noise in it, (F, F).
         num_samples: Images of the client.
+        evidence: Weight of the likelihood beside the prior.
     """
 
     means: Tensor
@@ -175,6 +178,7 @@ class _Mixture:
     observed: Tensor
     noise: Tensor
     num_samples: int
+    evidence: float
 
     def cost(self, logits: Tensor) -> Tensor:
         """Minus log posterior of the shares ``softmax(logits)``, tempered."""
@@ -189,7 +193,7 @@ class _Mixture:
         residual = torch.linalg.solve_triangular(factor, left, upper=False)
         misfit = residual.square().sum() / 2 + factor.diagonal().log().sum()
         scatter = (logits - logits.mean()).square().sum() + len(logits) * _NEAR_EQUAL**2
-        return _EVIDENCE * misfit + _SPREAD_WEIGHT / 2 * scatter.log()
+        return self.evidence * misfit + _SPREAD_WEIGHT / 2 * scatter.log()
 
     def solve(self, starts: list[Tensor]) -> Tensor:
         """Likeliest shares (K,), the best of searches from several starts."""
@@ -288,6 +292,7 @@ def _mixture(
         noise=bias_noise(update, layer, groups) ** 2 * noise
         + floor * torch.eye(means.shape[1], dtype=torch.float64),
         num_samples=update.num_samples,
+        evidence=1.0 if steps == 1 else _EVIDENCE,
     )
 
 

@@ -18,4 +18,5 @@ SUITES: tuple[str, ...] = (
     "priors",
     "privacy",
     "secagg",
+    "defences",
 )

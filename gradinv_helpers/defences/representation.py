@@ -100,8 +100,9 @@ def _telling(model: nn.Module, images: Images, layer: str) -> Tensor:
             free = pixels.clone().requires_grad_()
             model(free)
             entries = caught[-1].flatten()
-        slopes = [torch.autograd.grad(r, free, retain_graph=True)[0] for r in entries]
-        lengths = torch.stack([slope.norm() for slope in slopes]).double()
+        eye = torch.eye(len(entries), dtype=entries.dtype, device=entries.device)
+        (slopes,) = torch.autograd.grad(entries, free, eye, is_grads_batched=True)
+        lengths = slopes.flatten(1).norm(dim=1).double()
         scores = entries.detach().double().abs() / lengths.clamp_min(_SMALLEST)
         total = total.to(scores) + scores
     return total

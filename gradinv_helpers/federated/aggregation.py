@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from gradinv_helpers.encoding import Encoding
 from gradinv_helpers.errors import InputError, check_choice
 from gradinv_helpers.updates import SharedUpdate
 
@@ -22,8 +23,8 @@ def aggregate(
     so that every image counts the same, whichever client holds it. Independent
     Gaussian noise adds up in variance: :math:`\sigma^2 = \sum_k (n_k/N)^2 \sigma_k^2`.
 
-    The mean of several encoded updates is a number like any other: it carries no
-    encoding, not even where all clients have the same, and is read at face value.
+    A mean of encoded updates is a number like any other: it carries no encoding, not
+    even where all clients have the same. Means of mixed images say that they are.
 
     Args:
         updates: Updates of the same model with the same recipe.
@@ -67,8 +68,18 @@ def aggregate(
             if sends_buffers and first.buffers is not None
             else None
         ),
-        encoding=first.encoding if len(updates) == 1 else None,
+        encoding=_encoding_of_mean(updates),
     )
+
+
+def _encoding_of_mean(updates: Sequence[SharedUpdate]) -> Encoding | None:
+    """What is left of the clients' encodings: that images were mixed, if nothing else.
+
+    A client that mixes nothing is one that mixes with weight 1.
+    """
+    stated = [u.encoding for u in updates if u.encoding is not None]
+    exact = all(encoding.exact for encoding in stated)
+    return stated[0] if stated and exact else None
 
 
 def normalize(update: SharedUpdate) -> SharedUpdate:
