@@ -119,8 +119,11 @@ def test_an_encoded_update_states_no_gradient() -> None:
 
 def test_aggregates_carry_no_encoding() -> None:
     one, other = (defend(update_of(seed), TopK(0.1)) for seed in (0, 1))
-    assert aggregate([one]).encoding == one.encoding
+    assert aggregate([one]).encoding is None
     assert aggregate([one, other]).encoding is None
+    mixed = dataclasses.replace(update_of(), encoding=Encoding("mixed"))
+    assert aggregate([mixed, update_of(1)]).encoding == Encoding("mixed")
+    assert aggregate([mixed, other]).encoding is None
 
 
 def test_what_may_follow_what() -> None:
