@@ -585,7 +585,7 @@ def test_every_option_of_the_design_is_there() -> None:
     assert all(name in helped["--dataset"] for name in DATASETS)
 
 
-@pytest.mark.parametrize("arguments", [["inver"], ["simulate"], ["--verbose"]])
+@pytest.mark.parametrize("arguments", [["inver"], ["audit"], ["--verbose"]])
 def test_unknown_commands(arguments: list[str], capsys) -> None:
     assert "No such" in refused(arguments, capsys)
 

@@ -44,7 +44,7 @@ class RoundReport:
             round, in [0, 1]; ``None`` where nothing was held out or the round was
             left out by ``evaluate_every``.
         loss: Mean cross-entropy on the same images, in nats; or ``None``.
-        bytes_up: Bytes that all participants sent, uncompressed.
+        bytes_up: Bytes that all participants sent, encoded as the updates say.
         bytes_down: Bytes that all participants received: the weights and buffers of
             the model.
         seconds: Wall time of the round without the evaluation.
@@ -204,6 +204,9 @@ def evaluate_model(model: nn.Module, images: Images) -> tuple[float, float]:
 
 def model_bytes(model: nn.Module) -> int:
     """Count the bytes of all weights and buffers: what a client downloads.
+
+    Args:
+        model: The server's model.
 
     Taught in: notebooks/07_iid_noniid.
     """
