@@ -62,6 +62,11 @@ if TYPE_CHECKING:
     from gradinv_helpers.attacks.exact import ExactSolution as ExactSolution
     from gradinv_helpers.attacks.exact import invert_exactly as invert_exactly
     from gradinv_helpers.attacks.gradinvdiff import gradinvdiff as gradinvdiff
+    from gradinv_helpers.attacks.gradinversion import BatchMoments as BatchMoments
+    from gradinv_helpers.attacks.gradinversion import (
+        GradInversionWeights as GradInversionWeights,
+    )
+    from gradinv_helpers.attacks.gradinversion import known_moments as known_moments
     from gradinv_helpers.attacks.invert import invert as invert
     from gradinv_helpers.attacks.invert import invert_clients as invert_clients
     from gradinv_helpers.attacks.jacobian import JacobianRank as JacobianRank
@@ -336,6 +341,7 @@ _HOMES = {
         "model_bytes",
     ),
     "attacks.class_proportions": ("infer_class_proportions",),
+    "attacks.gradinversion": ("BatchMoments", "GradInversionWeights", "known_moments"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = ("plots", "widgets")

@@ -190,7 +190,8 @@ def invert_command(
         Optional[str],  # noqa: UP045
         typer.Option(
             "--attack",
-            help="auto, dlg, idlg, inverting-gradients, gaussian-map or exact.",
+            help="auto, dlg, idlg, inverting-gradients, gradinversion, gaussian-map "
+            "or exact.",
         ),
     ] = None,
     judge: Annotated[

@@ -40,7 +40,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradinv_helpers.data import Images
 from gradinv_helpers.errors import InputError, check_count, check_number
@@ -138,6 +138,50 @@ def reconstruction_bound_of_epsilon(
     return 1.0 if exponent >= 0 else min(1.0, math.exp(exponent) + delta)
 
 
+def candidate_bound(
+    model: nn.Module,
+    candidates: Images,
+    *,
+    clip_norm: float,
+    noise_multiplier: float,
+) -> float:
+    r"""Bound how often any attack names the right one of these candidates.
+
+    In the derivation Q may be any law that does not depend on the sample. Tell the
+    attacker the label, which can only help, and take for Q the noise about the mean
+    clipped gradient of the class: with :math:`R_y` the largest distance from it,
+    :math:`\mu_y = R_y / (\sigma C)` and :math:`\kappa_y = 1 / n_y` for :math:`n_y`
+    candidates of class y. The bound is the mean over the candidates.
+
+    It can be far below ``reconstruction_bound``, where gradients of one class are
+    alike, and also above it. It speaks of this model and these candidates only: no
+    promise can rest on it.
+
+    Args:
+        model: The model before the update.
+        candidates: Equally likely images with labels.
+        clip_norm: Largest L2 norm C of a sample's gradient.
+        noise_multiplier: Standard deviation of the noise on the sum, in units of C.
+
+    Returns:
+        A probability.
+
+    Source: Hayes, Mahloujifar and Balle (2023) for the bound about zero.
+    Taught in: notebooks/08_differential_privacy.
+    """
+    bound = check_number("clip_norm", clip_norm, exclusive=True)
+    sigma = check_number("noise_multiplier", noise_multiplier, exclusive=True)
+    gradients = _clipped_gradients(model, candidates, bound)
+    total = 0.0
+    for label in candidates.labels.unique():
+        own = gradients[candidates.labels == label]
+        radius = float((own - own.mean(0)).norm(dim=1).max())
+        alone = len(own) == 1
+        shift = radius / (sigma * bound)
+        total += 1.0 if alone else len(own) * _moved(1 / len(own), shift)
+    return total / len(candidates)
+
+
 def candidate_likelihoods(
     update: SharedUpdate, candidates: Images, *, known: Images | None = None
 ) -> Tensor:
@@ -170,11 +214,12 @@ def candidate_likelihoods(
     given = 0 if known is None else len(known)
     if given != update.num_samples - 1:
         raise InputError("known", f"{update.num_samples - 1} images", given)
+    bound = update.training.clip_norm
     sent = torch.cat([t.flatten().double() for t in update.tensors.values()])
     rest = update.num_samples * sent
     if known is not None:
-        rest = rest - _clipped_gradients(update, known).sum(0)
-    gaps = (_clipped_gradients(update, candidates) - rest).square().sum(1)
+        rest = rest - _clipped_gradients(update.model, known, bound).sum(0)
+    gaps = (_clipped_gradients(update.model, candidates, bound) - rest).square().sum(1)
     gaps = gaps / update.num_samples**2
     scale = 2 * update.noise_std**2 if update.noise_std else 1.0
     return ((gaps.min() - gaps) / scale).cpu()
@@ -186,9 +231,8 @@ def _moved(kappa: float, shift: float) -> float:
     return float(torch.special.ndtr(start + shift))
 
 
-def _clipped_gradients(update: SharedUpdate, images: Images) -> Tensor:
+def _clipped_gradients(model: nn.Module, images: Images, bound: float | None) -> Tensor:
     """Gradients (M, p) of images, each on its own, as the client clips them."""
-    found = per_sample_gradients(update.model, images)
+    found = per_sample_gradients(model, images)
     flat = torch.cat([g.flatten(1).double() for g in found.values()], 1)
-    bound = update.training.clip_norm
     return flat if bound is None else flat * clipping_factors(found, bound)[:, None]

@@ -21,6 +21,7 @@ from gradinv_helpers.bench import (
     fedavg,
     networks,
     priors,
+    privacy,
     runner,
     single,
     suite,
@@ -274,6 +275,17 @@ def check_priors(result: dict) -> None:
     assert result["notes"]["models"]["convnet, trained"]["victims_unseen"]
 
 
+def check_privacy(result: dict) -> None:
+    summary = result["summary"]
+    assert set(summary) == {"price", "leak", "bound"}
+    assert [c["noise"] for c in summary["price"]] == list(privacy.QUICK_NOISES)
+    for case in summary["leak"]:
+        assert case["images"] in privacy.QUICK_BATCHES
+        assert set(case["methods"]) >= {privacy.VAE, privacy.NAIVE}
+    for case in summary["bound"]:
+        assert case["guess"] < case["bound"] <= 1
+
+
 CHECKS: dict[str, Callable[[dict], None]] = {
     "single": check_single,
     "trials": check_trials,
@@ -284,6 +296,7 @@ CHECKS: dict[str, Callable[[dict], None]] = {
     "wall": check_wall,
     "fedavg": check_fedavg,
     "priors": check_priors,
+    "privacy": check_privacy,
 }
 
 

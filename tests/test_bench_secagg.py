@@ -97,6 +97,18 @@ def test_difference_is_the_update_of_the_first_client(records: list[Record]) -> 
         assert 0 < record["noise_std"] < 1e-7
 
 
+def test_only_noise_of_no_consequence_is_left_out(setting: Setting) -> None:
+    pool = gi.load_images("digits", split="test", image_size=16)
+    (update,), _ = secagg._Bench(setting, pool).cohort(1, 0)
+    size = secagg._typical(update)
+    entries = torch.cat([t.flatten() for t in update.tensors.values()])
+    assert size == pytest.approx(float(entries.norm()) / len(entries) ** 0.5, rel=1e-5)
+    for share, kept in ((1e-8, False), (1e-4, True)):
+        noisy = update.replace_tensors(update.tensors, noise_std=share * size)
+        found = secagg.without_negligible_noise(noisy)
+        assert found.noise_std == (noisy.noise_std if kept else 0)
+
+
 def test_more_clients_leave_fewer_bits_per_pixel(records: list[Record]) -> None:
     one, two = (record["bits"] for record in of(records, secagg.LEAK))
     assert 10 < two < one < 32

@@ -167,6 +167,14 @@ def test_spreads() -> None:
     assert Quantised(3.0).spread(sent, 4.0) == pytest.approx(math.sqrt(4 + 9 / 6))
 
 
+def test_norms() -> None:
+    sent = torch.tensor([[0.0, 2.0, 0.0]])
+    for law in (Gaussian(), Sign(), Quantised(0.5), Pruned(math.inf)):
+        assert law.squared_norm(sent) == 4
+    # What lies evenly between the bounds has a third of their square on average.
+    assert Pruned(0.6).squared_norm(sent) == pytest.approx(4 + 2 * 0.36 / 3)
+
+
 def test_every_tensor_has_its_own() -> None:
     assert likelihoods_of(None, ["a", "b"]) == [Gaussian(), Gaussian()]
     pruned = Encoding("pruned", {"b": 0.25})

@@ -16,6 +16,7 @@ from gradinv_helpers.errors import InputError
 from gradinv_helpers.models import build_model
 from gradinv_helpers.privacy import gaussian_epsilon, private_update
 from gradinv_helpers.reconstruction_bound import (
+    candidate_bound,
     candidate_likelihoods,
     reconstruction_bound,
     reconstruction_bound_of_epsilon,
@@ -216,6 +217,54 @@ def test_the_attack_stays_below_the_bound(model: nn.Module) -> None:
     assert less > LEVEL
     above_chance = stats.binomtest(hits, trials, 1 / 8, alternative="greater").pvalue
     assert above_chance < LEVEL
+
+
+def pairs_of_classes(seed: int = 0) -> Images:
+    """Two images of every class."""
+    pixels = torch.rand(8, 1, 8, 8, generator=seeded(seed))
+    return Images(pixels, torch.arange(4).repeat(2), tuple("abcd"))
+
+
+def test_two_candidates_of_a_class_are_told_apart_as_well_as_can_be(
+    model: nn.Module,
+) -> None:
+    """Half of their distance in units of the noise: then the bound is exact."""
+    pool, noise, bound = pairs_of_classes(), 0.02, 0.5
+    recipe = LocalTraining(clip_norm=bound)
+    flat = torch.stack(
+        [
+            torch.cat([t.flatten() for t in update.tensors.values()])
+            for update in (local_update(model, pool[[i]], recipe) for i in range(8))
+        ]
+    )
+    gaps = (flat[:4] - flat[4:]).norm(dim=1).double()
+    expected = stats.norm.cdf((gaps / (2 * noise * bound)).numpy()).mean()
+    found = candidate_bound(model, pool, clip_norm=bound, noise_multiplier=noise)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.2])
+def test_no_attack_names_candidates_more_often(model: nn.Module, noise: float) -> None:
+    pool, hits, trials = pairs_of_classes(1), 0, 160
+    generator = seeded(11)
+    for trial in range(trials):
+        update = private_update(
+            model,
+            pool[[trial % 8]],
+            clip_norm=0.5,
+            noise_multiplier=noise,
+            generator=generator,
+        )
+        hits += int(candidate_likelihoods(update, pool).argmax()) == trial % 8
+    bound = candidate_bound(model, pool, clip_norm=0.5, noise_multiplier=noise)
+    assert bound < 1
+    less = stats.binomtest(hits, trials, bound, alternative="greater").pvalue
+    assert less > LEVEL
+
+
+def test_the_only_candidate_of_its_class_may_be_named(model: nn.Module) -> None:
+    pool = pairs_of_classes()[:4]
+    assert candidate_bound(model, pool, clip_norm=0.5, noise_multiplier=9.0) == 1
 
 
 def test_what_does_not_fit(model: nn.Module) -> None:

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from gradinv_helpers.attacks.label_counts import nearest_counts
 from gradinv_helpers.attacks.labels import infer_label_counts
 from gradinv_helpers.attacks.last_layer import (
     LastLayer,
@@ -26,6 +28,7 @@ from gradinv_helpers.attacks.last_layer import (
     groups_of,
     last_linear,
     mean_gradient,
+    parameter_name,
     read_last_layer,
 )
 from gradinv_helpers.compute import cpu_threads, private_randomness
@@ -38,7 +41,9 @@ PROPORTION_METHODS: tuple[str, ...] = ("auto", "examples", "counts")
 
 _ROUNDS = 3  # of proportions and way in turn
 _PATH_POINTS = 16
-_LARGEST_BATCH = 64
+_EVEN_CLIENTS = 8
+_CAUTION = 1.5  # even clients scatter more than those simulated on few examples
+_FEW = 2  # images per class; clients with fewer cannot hold any given shares
 _MOST_ROWS = 20  # classes up to which the weights of the last layer are used, too
 _MOST_CLASSES = 200
 _LEAST_SHARE = 2e-3
@@ -167,6 +172,7 @@ class _Mixture:
         covariances: Of one example, (K, F, F).
         examples: Number of examples of each class, (K,).
         observed: The client's mean gradient (F,).
+        lenses: Directions (L, d + 1) in which features were looked at.
         noise: Covariance of noise in it, (F, F).
         num_samples: Images of the client.
         evidence: Weight of the likelihood beside the prior.
@@ -176,6 +182,7 @@ class _Mixture:
     covariances: Tensor
     examples: Tensor
     observed: Tensor
+    lenses: Tensor
     noise: Tensor
     num_samples: int
     evidence: float
@@ -240,6 +247,9 @@ def _by_examples(
         mixture = _mixture(update, layer, examples, labels, way, steps)
         found = mixture.solve([*starts, shares] if turn else starts)
         shares = (shares + found) / 2 if turn else found
+    if steps > 1 and update.num_samples >= _FEW * num_classes:
+        how = _trust(update, layer, examples, labels, mixture, steps, generator)
+        shares = how * shares + (1 - how) * even
     return shares
 
 
@@ -254,9 +264,8 @@ def _mixture(
     """Contributions of all examples along a way, and what was observed of them."""
     num_classes, own = layer.num_classes, labels.cpu()
     groups = groups_of(update, update.num_samples)
-    weight, bias = mean_gradient(update, layer, groups)
     passes = [_last_layer_pass(update, weights, examples) for _, weights in way]
-    lenses = _lenses(passes[0][0], own, num_classes, bias is not None)  # (L, d + 1)
+    lenses = _lenses(passes[0][0], own, num_classes, layer.sent_bias is not None)
     labels_as_ones = F.one_hot(own, num_classes).double()
     found = torch.stack(
         [
@@ -278,8 +287,6 @@ def _mixture(
             for k in range(num_classes)
         ]
     )
-    bias = torch.zeros(num_classes, dtype=torch.float64) if bias is None else bias
-    gradient = torch.cat([weight, bias[:, None]], 1)
     identity = torch.eye(num_classes, dtype=torch.float64)
     noise = torch.kron(identity, lenses @ lenses.T)
     scatter = covariances.diagonal(dim1=1, dim2=2).mean() / update.num_samples
@@ -288,12 +295,22 @@ def _mixture(
         means=means,
         covariances=covariances,
         examples=counts,
-        observed=(gradient @ lenses.T).flatten(),
+        observed=_observed(update, layer, groups, lenses),
+        lenses=lenses,
         noise=bias_noise(update, layer, groups) ** 2 * noise
         + floor * torch.eye(means.shape[1], dtype=torch.float64),
         num_samples=update.num_samples,
         evidence=1.0 if steps == 1 else _EVIDENCE,
     )
+
+
+def _observed(
+    update: SharedUpdate, layer: LastLayer, groups: tuple[int, ...], lenses: Tensor
+) -> Tensor:
+    """Mean gradient of the last layer, seen through the lenses (K * L,)."""
+    weight, bias = mean_gradient(update, layer, groups)
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    return (torch.cat([weight, bias[:, None]], 1) @ lenses.T).flatten()
 
 
 def _lenses(
@@ -354,11 +371,69 @@ def _way(
     One client is simulated on examples drawn with the given shares. What it misses of
     the client's end is spread evenly over its steps.
     """
+    points = torch.linspace(0, steps - 1, min(steps, _PATH_POINTS)).round().long()
+    wanted = set(points.tolist())
+    way = []
+    batches = _batches(update, labels, shares, steps, generator)
+    for step, weights in enumerate(_trained(update, examples, labels, batches)):
+        if step in wanted:
+            way.append((step, {n: w.clone() for n, w in weights.items()}))
+    before = way[0][1]
+    missed = {n: before[n] + update.tensors[n] - w for n, w in weights.items()}
+    return [
+        (step, {n: w + step / steps * missed[n] for n, w in point.items()})
+        for step, point in way
+    ]
+
+
+def _batches(
+    update: SharedUpdate,
+    labels: Tensor,
+    shares: Tensor,
+    steps: int,
+    generator: torch.Generator,
+) -> list[Tensor]:
+    """Indices of the examples in every local step of a client with these shares.
+
+    It owns a bootstrap sample of the examples of each class, and shuffles them before
+    every epoch. Where it has too few images to hold the shares, they are drawn afresh
+    for each step.
+    """
+    recipe, own = update.training, labels.cpu()
+    size = max(update.group_sizes or (update.num_samples,))
+    if steps == 1:
+        return []
+    batch_size = min(recipe.batch_size or size, size)
+    if size < _FEW * len(shares):
+        chances = (shares / own.bincount(minlength=len(shares)))[own]
+        return [
+            torch.multinomial(chances, batch_size, True, generator=generator)
+            for _ in range(steps)
+        ]
+    owned = []
+    for k, count in enumerate(nearest_counts(size * shares, size).tolist()):
+        known = (own == k).nonzero()[:, 0]
+        luck = torch.randint(len(known), (len(known),), generator=generator)
+        drawn = torch.randint(len(known), (count,), generator=generator)
+        owned.append(known[luck][drawn])
+    mine = torch.cat(owned)
+    batches: list[Tensor] = []
+    for _ in range(recipe.epochs):
+        order = torch.randperm(size, generator=generator)
+        batches.extend(mine[order].split(batch_size))
+    return batches
+
+
+def _trained(
+    update: SharedUpdate, examples: Tensor, labels: Tensor, batches: list[Tensor]
+) -> Iterator[Weights]:
+    """Train on batches of examples: the weights before each step, and at the end.
+
+    The tensors are those that the next step changes.
+    """
     model = copy.deepcopy(update.model)
     trained = {n: p for n, p in model.named_parameters() if n in update.tensors}
-    before = {n: p.detach().clone() for n, p in trained.items()}
-    if steps == 1:
-        return [(0, before)]
+    weights = {n: p.detach() for n, p in trained.items()}
     recipe = update.training
     optimiser = torch.optim.SGD(
         list(trained.values()),
@@ -366,21 +441,48 @@ def _way(
         momentum=0.9 if recipe.optimiser == "momentum" else 0.0,
         weight_decay=recipe.weight_decay,
     )
-    own = labels.cpu()
-    chances = (shares / own.bincount(minlength=len(shares)))[own]
-    batch = min(recipe.batch_size or _LARGEST_BATCH, update.num_samples, _LARGEST_BATCH)
-    points = torch.linspace(0, steps - 1, min(steps, _PATH_POINTS)).round().long()
-    wanted, way = set(points.tolist()), []
-    for step in range(steps):
-        if step in wanted:
-            way.append((step, {n: p.detach().clone() for n, p in trained.items()}))
-        drawn = torch.multinomial(chances, batch, replacement=True, generator=generator)
-        drawn = drawn.to(labels.device)
+    for batch in batches:
+        yield weights
+        drawn = batch.to(labels.device)
         optimiser.zero_grad()
         F.cross_entropy(model(examples[drawn]), labels[drawn]).backward()
         optimiser.step()
-    missed = {n: before[n] + update.tensors[n] - p.detach() for n, p in trained.items()}
-    return [
-        (step, {n: w + step / steps * missed[n] for n, w in weights.items()})
-        for step, weights in way
-    ]
+    yield weights
+
+
+# --- clients of even shares -------------------------------------------------------
+
+
+def _trust(
+    update: SharedUpdate,
+    layer: LastLayer,
+    examples: Tensor,
+    labels: Tensor,
+    mixture: _Mixture,
+    steps: int,
+    generator: torch.Generator,
+) -> float:
+    """How far the update is from those of even clients, beyond their own scatter.
+
+    Even clients are simulated on bootstrap samples of the examples. 0: it could be one of them. Near 1: it is far away from all of them.
+
+    Source: James and Stein (1961), for the form of the shrinkage.
+    """
+    even = torch.full((layer.num_classes,), 1 / layer.num_classes, dtype=torch.float64)
+    name, groups = last_linear(update), groups_of(update, update.num_samples)
+    found = []
+    for _ in range(_EVEN_CLIENTS):
+        batches = _batches(update, labels, even, steps, generator)
+        *_, end = _trained(update, examples, labels, batches)
+        weight = end[parameter_name(name, "weight")].double().cpu() - layer.weight
+        bias = None
+        if layer.sent_bias is not None:
+            bias = end[parameter_name(name, "bias")].double().cpu() - layer.bias
+        other = replace(layer, sent_weight=weight, sent_bias=bias)
+        found.append(_observed(update, other, groups, mixture.lenses))
+    others = torch.stack(found)
+    middle = others.mean(0)
+    scatter = (others - middle).square().sum() / (_EVEN_CLIENTS - 1)
+    scatter = scatter * (1 + 1 / _EVEN_CLIENTS) + mixture.noise.trace()
+    distance = (mixture.observed - middle).square().sum()
+    return max(0.0, 1 - float(_CAUTION * scatter / distance.clamp_min(1e-300)))

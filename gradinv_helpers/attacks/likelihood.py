@@ -47,6 +47,9 @@ class Likelihood(Protocol):
     def gap(self, computed: Tensor, sent: Tensor) -> Tensor:
         """How far entries (A, ...) are from the nearest that agree with the message."""
 
+    def squared_norm(self, sent: Tensor) -> float:
+        """Squared L2 norm of the entries behind messages, as far as it is known."""
+
     def spread(self, sent: Tensor, variance: float) -> Tensor | float:
         """Standard deviation of a message around its entry; infinite where unsent."""
 
@@ -65,6 +68,10 @@ class Gaussian:
     def gap(self, computed: Tensor, sent: Tensor) -> Tensor:
         """The difference."""
         return computed - sent
+
+    def squared_norm(self, sent: Tensor) -> float:
+        """That of the messages."""
+        return float(squared_norm([sent]).sum())
 
     def spread(self, sent: Tensor, variance: float) -> float:
         """That of the error."""
@@ -100,6 +107,13 @@ class Pruned:
         beyond = computed - computed.clamp(-self.bound, self.bound)
         return torch.where(sent != 0, computed - sent, beyond)
 
+    def squared_norm(self, sent: Tensor) -> float:
+        """That of the messages; unsent entries lie anywhere below the bound."""
+        norm = float(squared_norm([sent]).sum())
+        if math.isinf(self.bound):
+            return norm
+        return norm + int((sent == 0).sum()) * self.bound**2 / 3
+
     def spread(self, sent: Tensor, variance: float) -> Tensor:
         """That of the error; the bound is left out."""
         stds = torch.full_like(sent, math.sqrt(variance))
@@ -126,6 +140,10 @@ class Sign:
     def gap(self, computed: Tensor, sent: Tensor) -> Tensor:
         """The entry, where it has the other sign."""
         return torch.where(computed * sent < 0, computed, torch.zeros_like(computed))
+
+    def squared_norm(self, sent: Tensor) -> float:
+        """That of the messages."""
+        return float(squared_norm([sent]).sum())
 
     def spread(self, sent: Tensor, variance: float) -> float:
         """Not defined: the message is no sum of the entry and an error."""
@@ -158,6 +176,10 @@ class Quantised:
         """The part of the difference that exceeds a step."""
         difference = computed - sent
         return difference - difference.clamp(-self.step, self.step)
+
+    def squared_norm(self, sent: Tensor) -> float:
+        """That of the messages."""
+        return float(squared_norm([sent]).sum())
 
     def spread(self, sent: Tensor, variance: float) -> float:
         """That of error and rounding together."""

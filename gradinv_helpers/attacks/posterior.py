@@ -116,7 +116,8 @@ class Posterior:
         # Running statistics change as it reads features, those of the map must not.
         self.reader = copy.deepcopy(self.model)
         self.prior = self.prior.to(self.like).given(self.labels)
-        self.norms = [float(squared_norm([t])) for t in self.targets]
+        pairs = zip(self.likelihoods, self.targets, strict=True)
+        self.norms = [law.squared_norm(target) for law, target in pairs]
         if not any(self.norms):
             raise InputError("update", "a non-zero update", "all zeros")
         shape = (self.num_samples, *self.update.image_shape)

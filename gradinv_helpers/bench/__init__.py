@@ -16,6 +16,7 @@ SUITES: tuple[str, ...] = (
     "wall",
     "fedavg",
     "priors",
+    "heterogeneity",
     "privacy",
     "secagg",
     "defences",

@@ -25,6 +25,7 @@ from torch import nn
 from gradinv_helpers.attacks.laplace import laplace_approximation
 from gradinv_helpers.attacks.map_search import MapEstimate, map_estimate
 from gradinv_helpers.attacks.posterior import Posterior
+from gradinv_helpers.attacks.reconstruction import Reconstruction
 from gradinv_helpers.attacks.unmixing import mixing_weights, unmix
 from gradinv_helpers.bench.suite import (
     Record,
@@ -33,6 +34,7 @@ from gradinv_helpers.bench.suite import (
     Suite,
     Task,
     chosen,
+    distinct,
     fingerprint,
     markdown,
     mean_difference,
@@ -64,8 +66,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NAIVE, ADAPTIVE = "naive", "adaptive"
-SIDE = 16  # pixels
-BATCHES = (1, 4)
+SIDE, QUICK_SIDE = 16, 8  # pixels
+BATCHES, QUICK_BATCHES = (1, 4), (1, 2)
 _LAST_LEVEL = 1e-3  # share of a layer: beyond 35 dB where nothing is defended
 _BITS_UP_TO = 1  # images: the decomposition of more takes longer than the attack
 # Training with a defence: clients, images of each per round, rounds, step size.
@@ -164,6 +166,7 @@ CASES: tuple[Case, ...] = (
     Case("mixup, alpha 1", _mixup, bits=False, smallest=2),
     Case("4 local epochs", _local_epochs, _as_one_step, bits=False),
 )
+QUICK_CASES = tuple(c for c in CASES if c.name in ("none", "signs", "mixup, alpha 1"))
 
 
 @dataclass(frozen=True)
@@ -257,7 +260,7 @@ class _Bench:
         }
 
 
-def _taken_apart(estimate: MapEstimate) -> tuple[object, bool]:
+def _taken_apart(estimate: MapEstimate) -> tuple[Reconstruction, bool]:
     """The images, unmixed where the labels of mixtures tell how."""
     found = estimate.reconstruction
     if estimate.label_shares is None:
@@ -269,13 +272,18 @@ def _taken_apart(estimate: MapEstimate) -> tuple[object, bool]:
     return dataclasses.replace(found, images=images.clamp(0, 1)), True
 
 
+def _scope(setting: Setting) -> tuple[Sequence[Case], Sequence[int]]:
+    """The defences and the numbers of images."""
+    return (QUICK_CASES, QUICK_BATCHES) if setting.quick else (CASES, BATCHES)
+
+
 def _tasks(setting: Setting) -> list[Task]:
     splits = {
         split: load_images(
             setting.dataset,
             data_root=setting.data_root,
             split="train" if split == "train" else "test",
-            image_size=SIDE,
+            image_size=QUICK_SIDE if setting.quick else SIDE,
         )
         for split in ("train", "test")
     }
@@ -283,12 +291,13 @@ def _tasks(setting: Setting) -> list[Task]:
     setting.notes["images_sha256"] = digests
     bench = _Bench(setting, splits["train"], splits["test"])
     tasks = []
+    cases, batches = _scope(setting)
     for number in range(setting.numbers["repeats"]):
-        for case in CASES:
+        for case in cases:
             name = f"{case.name}, {number}"
             run = functools.partial(bench.train, case, number)
             tasks.append(Task(f"training, {name}", run))
-            for count in BATCHES:
+            for count in batches:
                 if count < case.smallest:
                     continue
                 for attack in case.attacks:
@@ -316,10 +325,11 @@ _HEAD = [
 
 def _report(records: Sequence[Record], setting: Setting) -> Report:
     rows, cases = [], []
-    for case in CASES:
+    defences, batches = _scope(setting)
+    for case in defences:
         trained = chosen(records, what="training", defence=case.name)
         accuracy = mean_with_interval([r["accuracy"] for r in trained])
-        for count in BATCHES:
+        for count in batches:
             if count < case.smallest:
                 continue
             found = chosen(records, what="attack", defence=case.name, images=count)
@@ -397,10 +407,10 @@ def _figure(cases: Sequence[Record]) -> Figure:
 
     from gradinv_helpers.plots import FLOOR_COLOUR, PALETTE
 
-    figure = Figure(figsize=(8.0, 4.2), facecolor="white", layout="constrained")
-    grid = figure.subplots(1, len(BATCHES), sharex=True, sharey=True)
-    names = [case.name for case in CASES]
-    for axes, count in zip(grid, BATCHES, strict=True):
+    names, batches = distinct(cases, "defence"), distinct(cases, "images")
+    figure = Figure(figsize=(8.0, 4.4), facecolor="white", layout="constrained")
+    grid = figure.subplots(1, len(batches), sharex=True, sharey=True)
+    for axes, count in zip(grid, batches, strict=True):
         for k, attack in enumerate((NAIVE, ADAPTIVE)):
             shown = [c for c in chosen(cases, images=count) if attack in c["attacks"]]
             gains = [c["attacks"][attack]["gain"] for c in shown]
@@ -417,12 +427,13 @@ def _figure(cases: Sequence[Record]) -> Figure:
         axes.set_xlabel("PSNR above the floor (dB)")
         axes.spines[["top", "right"]].set_visible(False)
     grid[0].invert_yaxis()
-    grid[0].legend(frameon=False, loc="lower right")
+    handles = grid[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
 SUITE = Suite(
-    numbers={"repeats": 5, "iterations": 20},
+    numbers={"repeats": 5, "iterations": 12},
     quick={"repeats": 1, "iterations": 1},
     tasks=_tasks,
     report=_report,

@@ -53,7 +53,7 @@ COSINE, MOMENTS, MAP = "inverting-gradients", "gradinversion", "gaussian-map"
 BATCH_SIZES: tuple[int, ...] = (1, 4, 8, 16)
 _UPDATES_PER_ITERATION = 20
 # Updates behind a ResNet-18, beside those of the others: about as long for each batch.
-_SHARES = {1: 2.0, 4: 1.0, 8: 0.6, 16: 0.4}
+_SHARES = {1: 0.5, 4: 0.25, 8: 0.15, 16: 0.1}
 _MOST_BY_MAP = 4  # images behind a ResNet-18; larger batches take it too long
 
 
@@ -340,7 +340,7 @@ def _case(found: Sequence[Record]) -> tuple[list[str], Record]:
 
 
 SUITE = Suite(
-    numbers={"repeats": 1, "iterations": 100},
+    numbers={"repeats": 1, "iterations": 400},
     quick={"repeats": 1, "iterations": 20},
     tasks=_tasks,
     report=_report,
