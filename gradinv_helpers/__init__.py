@@ -210,6 +210,7 @@ if TYPE_CHECKING:
     from gradinv_helpers.private_training import PrivateStep as PrivateStep
     from gradinv_helpers.private_training import PrivateTraining as PrivateTraining
     from gradinv_helpers.private_training import train_private as train_private
+    from gradinv_helpers.reconstruction_bound import candidate_bound as candidate_bound
     from gradinv_helpers.reconstruction_bound import (
         candidate_likelihoods as candidate_likelihoods,
     )
@@ -329,6 +330,7 @@ _HOMES = {
         "candidate_likelihoods",
         "reconstruction_bound",
         "reconstruction_bound_of_epsilon",
+        "candidate_bound",
     ),
     "encoding": ("Encoding",),
     "attacks.unmixing": ("mixing_weights", "unmix"),
