@@ -18,6 +18,7 @@ from gradinv_helpers import cli
 from gradinv_helpers.bench import (
     SUITES,
     batch,
+    defences,
     fedavg,
     networks,
     priors,
@@ -286,6 +287,21 @@ def check_privacy(result: dict) -> None:
         assert case["guess"] < case["bound"] <= 1
 
 
+def check_defences(result: dict) -> None:
+    cases = {(c["defence"], c["images"]): c for c in result["summary"]["cases"]}
+    assert set(cases) == {
+        (case.name, count)
+        for case in defences.QUICK_CASES
+        for count in defences.QUICK_BATCHES
+        if count >= case.smallest
+    }
+    for (name, count), case in cases.items():
+        assert case["attacks"]["adaptive"]["of"] == count
+        assert ("naive" in case["attacks"]) == (name != "none")
+        assert 0 <= case["accuracy"]["value"] <= 1
+    assert cases["signs", 1]["bytes"] < cases["none", 1]["bytes"] / 30
+
+
 CHECKS: dict[str, Callable[[dict], None]] = {
     "single": check_single,
     "trials": check_trials,
@@ -297,6 +313,7 @@ CHECKS: dict[str, Callable[[dict], None]] = {
     "fedavg": check_fedavg,
     "priors": check_priors,
     "privacy": check_privacy,
+    "defences": check_defences,
 }
 
 

@@ -80,7 +80,11 @@ def invert(
     cost a quadratic penalty.
 
     Args:
-        update: What the server saw. A weight change must come from one SGD step.
+        update: What the server saw. Attacks under a prior replay local training; the
+            others need a gradient, or a weight change by one SGD step. An update that
+            a defence has encoded (``update.encoding``) is read by its likelihood:
+            ``auto`` takes ``gaussian-map``; ``dataclasses.replace(update,
+            encoding=None)`` is attacked at face value.
         attack: ``dlg`` fits images and labels together by L-BFGS on the relative
             squared error; ``idlg`` first reads the label off the gradient (one sample
             only); ``inverting-gradients`` minimises the cosine distance and a little
