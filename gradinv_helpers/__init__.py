@@ -132,6 +132,15 @@ if TYPE_CHECKING:
     from gradinv_helpers.federated.aggregation import apply_update as apply_update
     from gradinv_helpers.federated.aggregation import normalize as normalize
     from gradinv_helpers.federated.fixed_point import FixedPoint as FixedPoint
+    from gradinv_helpers.federated.heterogeneity import (
+        label_histograms as label_histograms,
+    )
+    from gradinv_helpers.federated.heterogeneity import (
+        total_variation as total_variation,
+    )
+    from gradinv_helpers.federated.heterogeneity import (
+        update_similarity as update_similarity,
+    )
     from gradinv_helpers.federated.rounds import FederatedRun as FederatedRun
     from gradinv_helpers.federated.rounds import RoundReport as RoundReport
     from gradinv_helpers.federated.rounds import evaluate_model as evaluate_model
@@ -344,6 +353,11 @@ _HOMES = {
     ),
     "attacks.class_proportions": ("infer_class_proportions",),
     "attacks.gradinversion": ("BatchMoments", "GradInversionWeights", "known_moments"),
+    "federated.heterogeneity": (
+        "label_histograms",
+        "total_variation",
+        "update_similarity",
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = ("plots", "widgets")
