@@ -821,6 +821,8 @@ def bench_command(
     networks: batches behind ConvNet and ResNet-18. batch: aggregates behind LeNet.
     wall: what a gradient determines. fedavg: weight changes of several local steps.
     priors: VAE and diffusion beside Gaussian priors (--dataset digits).
+    heterogeneity, privacy, defences (--dataset digits), secagg: federations, and what
+    protects them.
     Writes a table, a plot and a JSON file with every measurement and the facts of the
     machine to --output-dir (outputs/bench). After Ctrl-C the same command goes on.
     """

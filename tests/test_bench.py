@@ -302,6 +302,20 @@ def check_defences(result: dict) -> None:
     assert cases["signs", 1]["bytes"] < cases["none", 1]["bytes"] / 30
 
 
+def check_secagg(result: dict) -> None:
+    summary = result["summary"]
+    for case in summary["costs"]:
+        assert case["exact"] == case["runs"] == 3
+        assert 1 < case["over_paper"] < 1.1
+    assert [case["clients"] for case in summary["leaks"]] == [1, 2]
+    for case in summary["leaks"]:
+        gain = case["psnr"]["value"] - case["floor"]["value"]
+        assert case["gain"]["value"] == pytest.approx(gain, abs=1e-3)
+        assert (
+            case["difference"]["value"] > 60
+        )  # the closed form, whatever the sum hides
+
+
 CHECKS: dict[str, Callable[[dict], None]] = {
     "single": check_single,
     "trials": check_trials,
@@ -314,6 +328,7 @@ CHECKS: dict[str, Callable[[dict], None]] = {
     "priors": check_priors,
     "privacy": check_privacy,
     "defences": check_defences,
+    "secagg": check_secagg,
 }
 
 

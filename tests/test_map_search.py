@@ -20,6 +20,7 @@ from gradinv_helpers.errors import InputError
 from gradinv_helpers.metrics import LeakageScore, score
 from gradinv_helpers.models import build_model
 from gradinv_helpers.priors.gaussian import fit_gaussian, spectrum_prior
+from gradinv_helpers.privacy import private_update
 from gradinv_helpers.updates import LocalTraining, SharedUpdate, local_update
 
 SIDE = 16
@@ -360,3 +361,29 @@ def test_trained_networks_need_the_features_first(monkeypatch) -> None:
         map_search._Annealing, "_fit_features", lambda self, point: point
     )
     assert map_estimate(update, iterations=12).stages[-1].misfit > 0.1
+
+
+@pytest.mark.parametrize("noise", [0.03, 0.1])
+def test_labels_of_a_noisy_private_message(noise: float) -> None:
+    """Where noise has spoilt the signs of the last bias, the likelihood tells."""
+    hits = 0
+    for seed in range(4):
+        victim = drawn(count=1, seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        how = {"clip_norm": 1.0, "noise_multiplier": noise}
+        model = lenet(victim, seed)
+        update = private_update(model, victim, **how, generator=generator)
+        found = map_estimate(update, iterations=1, restarts=1).reconstruction
+        hits += int(found.labels[0] == victim.labels[0])
+    assert hits >= 3
+
+
+def test_noise_below_rounding_is_none() -> None:
+    victims = drawn(count=4, seed=1)
+    update = local_update(lenet(victims), victims)
+    entries = torch.cat([part.flatten() for part in update.tensors.values()])
+    rms = float(entries.square().mean().sqrt())
+    for share, taken_apart in ((1e-8, True), (1e-2, False)):
+        stated = update.replace_tensors(update.tensors, noise_std=share * rms)
+        found = map_estimate(stated, iterations=1, restarts=1).reconstruction
+        assert ("taken apart" in found.label_source) == taken_apart

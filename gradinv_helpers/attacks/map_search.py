@@ -70,6 +70,7 @@ _MOST_EXCHANGES, _WORTH_IT = 30, 0.9
 # Smaller residuals may be rounding, and larger ones a search that fails.
 _ROUNDING, _MOST_NOISE = 1e-4, 0.1
 _EXCHANGE_ITERATIONS = 4
+_NO_NOISE = 1e-6  # noise that is smaller than this share of an entry is none
 _SMALL_START, _WIDE_START = 0.1, 1.0  # standard deviations of the latents
 _COSINE_LEVELS = (1e-2, 1e-3)
 _FEATURE_LEVELS, _FEATURE_ITERATIONS = (0.3, 0.1, 0.03, 0.01), 3
@@ -180,8 +181,15 @@ def map_estimate(
     if labels is None and update.encoding is not None and not update.encoding.exact:
         labels, source = infer_encoded_labels(update, known), "inferred (likelihood)"
     if labels is None:
-        labels, source = infer_labels(update), "inferred (counts)"
-    plain = not update.noise_std and update.training.clip_norm is None
+        try:
+            labels, source = infer_labels(update), "inferred (counts)"
+        except InputError:
+            if not update.noise_std:
+                raise
+            # Noise has hidden the sign of the one negative entry of the last bias.
+            labels = infer_encoded_labels(update, known)
+            source = "inferred (likelihood)"
+    plain = _quiet(update) and update.training.clip_norm is None
     plain &= update.encoding is None
     if update.num_samples > 1 and plain and order is None:
         found = _taken_apart(update, labels, source, seed)
@@ -202,6 +210,12 @@ def map_estimate(
         checkpoint=None if checkpoint is None else Path(checkpoint),
     )
     return search.run(source)
+
+
+def _quiet(update: SharedUpdate) -> bool:
+    """Whether the stated noise is no more than rounding."""
+    entries = torch.cat([part.flatten().double() for part in update.tensors.values()])
+    return update.noise_std <= _NO_NOISE * float(entries.square().mean().sqrt())
 
 
 def _taken_apart(
