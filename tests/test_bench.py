@@ -316,6 +316,15 @@ def check_secagg(result: dict) -> None:
         )  # the closed form, whatever the sum hides
 
 
+def check_heterogeneity(result: dict) -> None:
+    runs = {case["scheme"]: case for case in result["summary"]["accuracy"]}
+    assert set(runs) == {"centralised", "iid", "alpha 0.1"}
+    for record in result["records"]:
+        assert all(0 <= value <= 1 for value in record.get("accuracy", []))
+    assert result["summary"]["proportions"]
+    assert result["summary"]["images"]
+
+
 CHECKS: dict[str, Callable[[dict], None]] = {
     "single": check_single,
     "trials": check_trials,
@@ -329,6 +338,7 @@ CHECKS: dict[str, Callable[[dict], None]] = {
     "privacy": check_privacy,
     "defences": check_defences,
     "secagg": check_secagg,
+    "heterogeneity": check_heterogeneity,
 }
 
 

@@ -91,4 +91,4 @@ def test_the_report_holds_everything(setting: Setting, records: list[Record]) ->
     failed = {"what": "image", "kind": "x", "mix": "y", "stage": "z", "failed": "why"}
     assert "0 of 1 attacks" in heterogeneity._images([failed])[1][0][0]
     assert "alpha 0.1" in report.table and "one gradient" in report.table
-    assert len(report.figure.axes) == 2
+    assert len(report.figure.axes) == 2  # accuracy, and one look

@@ -41,8 +41,9 @@ PROPORTION_METHODS: tuple[str, ...] = ("auto", "examples", "counts")
 
 _ROUNDS = 3  # of proportions and way in turn
 _PATH_POINTS = 16
-_EVEN_CLIENTS = 8
-_CAUTION = 1.5  # even clients scatter more than those simulated on few examples
+_CLEARLY_BETTER = 0.5  # cosine of another candidate, above that of even shares
+_SIMULATED = 6  # clients of each candidate
+_SCATTER = 3.5  # times that of simulated clients, which own few examples
 _FEW = 2  # images per class; clients with fewer cannot hold any given shares
 _MOST_ROWS = 20  # classes up to which the weights of the last layer are used, too
 _MOST_CLASSES = 200
@@ -77,7 +78,10 @@ def infer_class_proportions(
     with the mean :math:`R_c` and the covariance :math:`C_c` of these contributions
     over the :math:`m_c` examples of class c. The way of the client is simulated with
     examples drawn in the current proportions and made to end where the client's model
-    ended; proportions and way are improved in turn.
+    ended; proportions and way are improved in turn. After several steps this answer
+    competes with even shares, with the counts of labels and with a middle way: clients
+    of all these proportions are simulated, and those whose change points the way of the
+    update win. Even shares are kept where the update could be of such a client.
 
     Without examples, or where Adam or an unknown scale hides the mean gradient, the
     labels are counted by ``infer_label_counts``, which needs no images. Its counts
@@ -247,10 +251,29 @@ def _by_examples(
         mixture = _mixture(update, layer, examples, labels, way, steps)
         found = mixture.solve([*starts, shares] if turn else starts)
         shares = (shares + found) / 2 if turn else found
-    if steps > 1 and update.num_samples >= _FEW * num_classes:
-        how = _trust(update, layer, examples, labels, mixture, steps, generator)
-        shares = how * shares + (1 - how) * even
-    return shares
+    if steps == 1:
+        return shares
+    counted = counts / counts.sum()
+    observed, lenses = mixture.observed, mixture.lenses
+
+    def clients(own: Tensor) -> Tensor:
+        return _simulated(update, layer, examples, labels, lenses, own, generator)
+
+    # How far a trained model still moves depends on whether it has seen the images,
+    # and the examples it has not. So directions are compared, not lengths.
+    candidates = [even, shares, counted, (shares + counted) / 2]
+    simulated = [clients(own) for own in candidates]
+    cosines = torch.stack(
+        [F.cosine_similarity(observed, one.mean(0), dim=0) for one in simulated]
+    )
+    best = int(cosines.argmax())
+    scatter = simulated[0].var(0).sum() + mixture.noise.trace()
+    distance = (observed - simulated[0].mean(0)).square().sum()
+    could_be_even = bool(distance < _SCATTER * scatter)
+    could_be_even &= bool(cosines[best] - cosines[0] < _CLEARLY_BETTER)
+    if could_be_even and update.num_samples >= _FEW * num_classes:
+        return even
+    return candidates[best]
 
 
 def _mixture(
@@ -374,7 +397,7 @@ def _way(
     points = torch.linspace(0, steps - 1, min(steps, _PATH_POINTS)).round().long()
     wanted = set(points.tolist())
     way = []
-    batches = _batches(update, labels, shares, steps, generator)
+    batches = _batches(update, labels, shares, generator)
     for step, weights in enumerate(_trained(update, examples, labels, batches)):
         if step in wanted:
             way.append((step, {n: w.clone() for n, w in weights.items()}))
@@ -390,7 +413,6 @@ def _batches(
     update: SharedUpdate,
     labels: Tensor,
     shares: Tensor,
-    steps: int,
     generator: torch.Generator,
 ) -> list[Tensor]:
     """Indices of the examples in every local step of a client with these shares.
@@ -401,14 +423,14 @@ def _batches(
     """
     recipe, own = update.training, labels.cpu()
     size = max(update.group_sizes or (update.num_samples,))
-    if steps == 1:
+    if update.kind == "gradient" or recipe.num_steps(size) == 1:
         return []
     batch_size = min(recipe.batch_size or size, size)
     if size < _FEW * len(shares):
         chances = (shares / own.bincount(minlength=len(shares)))[own]
         return [
             torch.multinomial(chances, batch_size, True, generator=generator)
-            for _ in range(steps)
+            for _ in range(recipe.num_steps(size))
         ]
     owned = []
     for k, count in enumerate(nearest_counts(size * shares, size).tolist()):
@@ -450,39 +472,28 @@ def _trained(
     yield weights
 
 
-# --- clients of even shares -------------------------------------------------------
+# --- candidates -------------------------------------------------------------------
 
 
-def _trust(
+def _simulated(
     update: SharedUpdate,
     layer: LastLayer,
     examples: Tensor,
     labels: Tensor,
-    mixture: _Mixture,
-    steps: int,
+    lenses: Tensor,
+    shares: Tensor,
     generator: torch.Generator,
-) -> float:
-    """How far the update is from those of even clients, beyond their own scatter.
-
-    Even clients are simulated on bootstrap samples of the examples. 0: it could be one of them. Near 1: it is far away from all of them.
-
-    Source: James and Stein (1961), for the form of the shrinkage.
-    """
-    even = torch.full((layer.num_classes,), 1 / layer.num_classes, dtype=torch.float64)
+) -> Tensor:
+    """Mean gradients (clients, F) of simulated clients with the given shares."""
     name, groups = last_linear(update), groups_of(update, update.num_samples)
     found = []
-    for _ in range(_EVEN_CLIENTS):
-        batches = _batches(update, labels, even, steps, generator)
+    for _ in range(_SIMULATED):
+        batches = _batches(update, labels, shares, generator)
         *_, end = _trained(update, examples, labels, batches)
         weight = end[parameter_name(name, "weight")].double().cpu() - layer.weight
         bias = None
         if layer.sent_bias is not None:
             bias = end[parameter_name(name, "bias")].double().cpu() - layer.bias
         other = replace(layer, sent_weight=weight, sent_bias=bias)
-        found.append(_observed(update, other, groups, mixture.lenses))
-    others = torch.stack(found)
-    middle = others.mean(0)
-    scatter = (others - middle).square().sum() / (_EVEN_CLIENTS - 1)
-    scatter = scatter * (1 + 1 / _EVEN_CLIENTS) + mixture.noise.trace()
-    distance = (mixture.observed - middle).square().sum()
-    return max(0.0, 1 - float(_CAUTION * scatter / distance.clamp_min(1e-300)))
+        found.append(_observed(update, other, groups, lenses))
+    return torch.stack(found)

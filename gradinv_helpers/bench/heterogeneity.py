@@ -24,7 +24,6 @@ from torch import nn
 
 from gradinv_helpers.attacks.class_proportions import infer_class_proportions
 from gradinv_helpers.attacks.invert import invert
-from gradinv_helpers.bench.figures import panels
 from gradinv_helpers.bench.suite import (
     Record,
     Report,
@@ -47,13 +46,14 @@ from gradinv_helpers.federated.rounds import RoundReport, train_federated
 from gradinv_helpers.metrics import score
 from gradinv_helpers.models import build_model
 from gradinv_helpers.partition import Client, Scheme, partition
+from gradinv_helpers.plots import FLOOR_COLOUR, PALETTE
 from gradinv_helpers.updates import LocalTraining, SharedUpdate, local_update
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CLIENTS, ROUNDS, SIZE = 10, 20, 16
-ATTACKED = 3  # clients of a round whose proportions are inferred
+CLIENTS, ROUNDS, SIZE = 10, 40, 16
+ATTACKED = 2  # clients of a round whose proportions are inferred
 PUBLIC = 10  # examples of each class
 CAP = 60.0  # dB; beyond this an image is exact
 LOOKS = (1, 5, 20)  # rounds whose updates are attacked
@@ -77,6 +77,7 @@ KINDS: dict[str, LocalTraining] = {
     "gradient": FEDSGD,
     "5 epochs": LocalTraining(sends="delta", lr=0.1, epochs=5),
 }
+ERRORS = ("examples", "counts", "guess")
 MIXES = ("several classes", "one class")
 FIRST, LAST = "untrained", "trained"
 
@@ -146,7 +147,8 @@ class _Bench:
         histograms = label_histograms(clients)
         everyone = histograms.sum(0)
         draw = torch.Generator().manual_seed(seed)
-        for index in torch.randperm(len(clients), generator=draw)[:ATTACKED].tolist():
+        wanted = 1 if self.setting.quick else ATTACKED
+        for index in torch.randperm(len(clients), generator=draw)[:wanted].tolist():
             inferred = {
                 "examples": infer_class_proportions(
                     updates[index],
@@ -174,7 +176,7 @@ class _Bench:
         seed = self.setting.seed + number
         model = self.model(seed)
         if stage == LAST:
-            rounds = 1 if self.setting.quick else ROUNDS
+            rounds = 1 if self.setting.quick else LOOKS[-1]
             clients = self.clients(IID, seed, FEDAVG)
             model = train_federated(clients, model, rounds=rounds, seed=seed).model
         wanted = self.setting.numbers["images"]
@@ -304,7 +306,15 @@ def _report(records: Sequence[Record], setting: Setting) -> Report:
     table = "\n\n".join(
         [
             markdown(
-                ["data", "runs", "final accuracy, % (95 %)", "round 1", "round 5"],
+                [
+                    "data",
+                    "runs",
+                    f"accuracy after {ROUNDS} rounds, % (95 %)",
+                    "below centralised, points (95 %)",
+                    "round 1",
+                    "round 5",
+                    "round 20",
+                ],
                 run_rows,
             ),
             "Error of inferred class proportions: total variation, 0 to 1 (95 %).",
@@ -344,22 +354,28 @@ def _note(setting: Setting) -> str:
 
 def _runs(records: Sequence[Record]) -> tuple[list[Record], list[list[str]]]:
     cases, rows = [], []
+    central = [100 * r["accuracy"][-1] for r in chosen(records, scheme=CENTRAL)]
     for scheme in distinct(records, "scheme"):
         found = chosen(records, scheme=scheme)
         curves = [record["accuracy"] for record in found]
         curve = [statistics.fmean(values) for values in zip(*curves, strict=True)]
-        final = mean_with_interval([100 * values[-1] for values in curves])
-        case = {
-            "scheme": scheme,
-            "runs": len(found),
-            "final": final,
-            "curve": curve,
-            "bytes_per_round": found[0]["bytes_per_round"],
-        }
-        cases.append(case)
-        early = f"{100 * curve[min(4, len(curve) - 1)]:.1f}"
-        first = f"{100 * curve[0]:.1f}"
-        rows.append([scheme, f"{len(found)}", with_interval(final), first, early])
+        finals = [100 * values[-1] for values in curves]
+        final = mean_with_interval(finals)
+        lag = mean_difference(central, finals)
+        cases.append(
+            {
+                "scheme": scheme,
+                "runs": len(found),
+                "final": final,
+                "lag": lag,
+                "curve": curve,
+                "bytes_per_round": found[0]["bytes_per_round"],
+            }
+        )
+        early = [f"{100 * curve[min(look, len(curve)) - 1]:.1f}" for look in LOOKS]
+        rows.append(
+            [scheme, f"{len(found)}", with_interval(final), with_interval(lag), *early]
+        )
     return cases, rows
 
 
@@ -371,7 +387,7 @@ def _distances(
         found = [d for r in chosen(records, **{by: name}) for d in r["distances"]]
         for round_ in sorted({d["round"] for d in found}):
             looks = chosen(found, round=round_)
-            values = {k: [d[k] for d in looks] for k in ("guess", "examples", "counts")}
+            values = {k: [d[k] for d in looks] for k in ERRORS}
             gain = mean_difference(values["guess"], values["examples"])
             means = {k: mean_with_interval(v) for k, v in values.items()}
             cases.append(
@@ -432,29 +448,37 @@ def _floor(record: Record) -> float:
 
 def _figure(runs: Sequence[Record], distances: Sequence[Record]) -> Figure:
     """Accuracy over rounds, and errors over alpha at each look."""
-    charts: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
-    charts["held-out accuracy"] = {
-        case["scheme"]: (list(range(1, len(case["curve"]) + 1)), case["curve"])
-        for case in runs
-    }
-    for round_ in distinct(distances, "round"):
-        lines = {}
-        for name in ("examples", "counts", "guess"):
-            points = [
-                (float(case["scheme"].removeprefix("alpha ")), case[name]["value"])
-                for case in chosen(distances, round=round_)
-                if case["scheme"].startswith("alpha")
-            ]
-            lines[name] = ([x for x, _ in points], [y for _, y in points])
-        charts[f"proportions, round {round_}"] = lines
-    count = len(charts)
-    return panels(
-        charts,
-        xlabel="round (first chart), alpha (others)",
-        ylabels=["accuracy", *["total variation"] * (count - 1)],
-        columns=2,
-        floor="guess",
+    from matplotlib.figure import Figure
+
+    looks = distinct(distances, "round")
+    columns = 1 + len(looks)
+    figure = Figure(
+        figsize=(3.0 * columns, 3.0), facecolor="white", layout="constrained"
     )
+    first, *others = figure.subplots(1, columns, squeeze=False)[0]
+    for colour, case in zip(PALETTE * 2, runs, strict=False):
+        dashed = "--" if case["scheme"] == SHARDS else "-"
+        rounds = range(1, len(case["curve"]) + 1)
+        first.plot(rounds, case["curve"], dashed, color=colour, label=case["scheme"])
+    first.set(xlabel="round", ylabel="held-out accuracy")
+    for axes, round_ in zip(others, looks, strict=True):
+        cases = [
+            case
+            for case in chosen(distances, round=round_)
+            if case["scheme"].startswith("alpha")
+        ]
+        alphas = [float(case["scheme"].removeprefix("alpha ")) for case in cases]
+        for colour, name in zip((*PALETTE[:2], FLOOR_COLOUR), ERRORS, strict=True):
+            dashed = "--" if name == "guess" else "o-"
+            values = [case[name]["value"] for case in cases]
+            axes.plot(alphas, values, dashed, color=colour, label=name)
+        axes.set(xlabel="alpha", xscale="log", ylim=(0, 1), title=f"round {round_}")
+    others[0].set_ylabel("error of class proportions (TV)")
+    for axes in (first, others[0]):
+        axes.legend(frameon=False, fontsize=8)
+    for axes in (first, *others):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
 
 
 SUITE = Suite(
