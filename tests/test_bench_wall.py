@@ -69,7 +69,7 @@ def test_the_report_holds_everything(setting: Setting, records: list[Record]) ->
     assert summary["large_images"] == []
     exact = {(e["kind"], e["stage"]): e["exact"] for e in summary["rule"]}
     assert exact["smooth", "untrained"] == 4
-    assert report.table.count("| --- |") == 4
+    assert report.table.count("| --- |") == 6
     assert "lenet, uniform, 1 epoch" in report.table
     assert len(report.figure.axes) == 4
     setting.folder.joinpath("figure.png").write_bytes(b"")
