@@ -31,7 +31,12 @@ from gradinv_helpers.privacy import (
     epsilon_spent,
     gradient_chunks,
 )
-from gradinv_helpers.updates import LocalTraining, Optimiser, SharedUpdate
+from gradinv_helpers.updates import (
+    LocalTraining,
+    Optimiser,
+    SharedUpdate,
+    _optimiser,
+)
 
 Trust = Literal["central", "local"]
 Tensors = dict[str, Tensor]
@@ -262,12 +267,3 @@ class _Run:
             )
             for k, group in enumerate(groups)
         )
-
-
-def _optimiser(
-    recipe: LocalTraining, weights: Sequence[nn.Parameter]
-) -> torch.optim.Optimizer:
-    if recipe.optimiser == "adam":
-        return torch.optim.Adam(weights, lr=recipe.lr)
-    momentum = 0.9 if recipe.optimiser == "momentum" else 0.0
-    return torch.optim.SGD(weights, lr=recipe.lr, momentum=momentum)

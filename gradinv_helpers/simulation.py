@@ -5,6 +5,7 @@ Taught in: notebooks/07_iid_noniid.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gradinv_helpers import plots
 from gradinv_helpers.attacks.class_proportions import infer_class_proportions
@@ -36,6 +37,7 @@ from gradinv_helpers.errors import (
 )
 from gradinv_helpers.experiment import versions
 from gradinv_helpers.federated.aggregation import aggregate
+from gradinv_helpers.federated.heterogeneity import label_histograms, total_variation
 from gradinv_helpers.federated.rounds import RoundReport, train_federated
 from gradinv_helpers.federated.secure_aggregation import secure_aggregate
 from gradinv_helpers.files import prepare_folder, write_bytes, write_json
@@ -108,12 +110,11 @@ class SimulationOptions:
     restarts: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "clients", "local_epochs", "batch_size"):
+        counts = ("rounds", "clients", "local_epochs", "batch_size")
+        for name in (*counts, "iterations", "restarts"):
             check_count(name, getattr(self, name))
-        for name in ("iterations", "restarts"):
-            check_count(name, getattr(self, name))
-        check_count("attack_every", self.attack_every, minimum=0)
-        check_count("attack_images", self.attack_images, minimum=0)
+        for name in ("attack_every", "attack_images"):
+            check_count(name, getattr(self, name), minimum=0)
         if self.clients_per_round is not None:
             check_count(
                 "clients_per_round", self.clients_per_round, maximum=self.clients
@@ -136,11 +137,15 @@ class SimulationOptions:
                 raise InputError("threshold", "None without it", self.threshold, hint)
             check_count("threshold", self.threshold, maximum=self.drawn)
         resolve_device(self.device)
-        parsed = parse_defences(self.defence)
-        if parsed.clip_norm is not None and self.algorithm != "fedsgd":
+        if self.defences.clip_norm is not None and self.algorithm != "fedsgd":
             hint = "clipping per sample needs --algorithm fedsgd"
             raise InputError("defence", "no dp with fedavg", list(self.defence), hint)
-        self.training(parsed.clip_norm)
+        self.training()
+
+    @functools.cached_property
+    def defences(self) -> ParsedDefences:
+        """What ``defence`` means."""
+        return parse_defences(self.defence)
 
     @property
     def drawn(self) -> int:
@@ -152,10 +157,10 @@ class SimulationOptions:
         """Clients that secure aggregation needs to the end of a round."""
         return self.threshold or max(1, self.drawn // 2 + 1)
 
-    def training(self, clip_norm: float | None = None) -> LocalTraining:
+    def training(self) -> LocalTraining:
         """The recipe of every client."""
         if self.algorithm == "fedsgd":
-            return LocalTraining(lr=self.lr, clip_norm=clip_norm)
+            return LocalTraining(lr=self.lr, clip_norm=self.defences.clip_norm)
         return LocalTraining(
             sends="delta",
             lr=self.lr,
@@ -361,7 +366,7 @@ def run_simulation(
             rounds=options.rounds,
             clients_per_round=options.clients_per_round,
             evaluate=test,
-            defences=parse_defences(options.defence).applied,
+            defences=options.defences.applied,
             combine=record.combine,
             seed=options.seed,
             on_round=watch,
@@ -383,14 +388,13 @@ def run_simulation(
 
 def _clients(options: SimulationOptions, train: Images) -> list[Client]:
     """The clients; each keeps its first images where a number is asked for."""
-    parsed = parse_defences(options.defence)
     clients = partition(
         train,
         clients=options.clients,
         scheme=options.partition,
         alpha=options.alpha,
         seed=options.seed,
-        training=options.training(parsed.clip_norm),
+        training=options.training(),
     )
     most = options.samples_per_client
     if most is None:
@@ -429,7 +433,8 @@ class _Record:
     ):
         self.options, self.folder, self.clients = options, folder, clients
         self.train, self.examples = train, examples
-        self.mix = _shares(train.labels, train.num_classes)
+        self.mix = train.labels.cpu().bincount(minlength=train.num_classes)
+        self.held = label_histograms(clients)
         self.rounds: list[RoundReport] = []
         self.arrived: list[tuple[int, ...]] = []
         self.leakage: list[RoundLeakage] = []
@@ -477,7 +482,7 @@ class _Record:
 
     def epsilon(self) -> float | None:
         """Privacy spent by every sample so far, for ``dp``."""
-        multiplier = parse_defences(self.options.defence).noise_multiplier
+        multiplier = self.options.defences.noise_multiplier
         if not multiplier or not self.rounds:
             return None
         return epsilon_spent(
@@ -519,8 +524,8 @@ class _Record:
             torch.cat([images.labels for images in held]),
             self.train.class_names,
         )
-        right = _shares(truth.labels, self.train.num_classes)
-        found, note = None, ""
+        right = self.held[senders].sum(0)
+        found, error, note = None, None, ""
         try:
             found = infer_class_proportions(
                 update,
@@ -528,16 +533,17 @@ class _Record:
                 example_labels=self.examples.labels,
                 seed=self.options.seed,
             )
-        except InputError as error:
-            note = str(error)
+            error = float(total_variation(found, right))
+        except InputError as obstacle:
+            note = str(obstacle)
         result, why = self._inverted(update, truth, report.round, sender)
         return RoundLeakage(
             round=report.round,
             sender=sender,
             num_samples=update.num_samples,
             proportions=None if found is None else tuple(found.tolist()),
-            proportion_error=None if found is None else _distance(found, right),
-            proportion_floor=_distance(self.mix, right),
+            proportion_error=error,
+            proportion_floor=float(total_variation(self.mix, right)),
             score=result,
             note="; ".join(text for text in (note, why) if text),
         )
@@ -576,12 +582,7 @@ class _Record:
             {
                 "command": "gradinv simulate",
                 "options": asdict(self.options),
-                "clients": [
-                    torch.bincount(
-                        c.images.labels, minlength=self.train.num_classes
-                    ).tolist()
-                    for c in self.clients
-                ],
+                "clients": self.held.tolist(),
                 "rounds": [
                     {**asdict(report), "arrived": arrived}
                     for report, arrived in zip(self.rounds, self.arrived, strict=True)
@@ -597,16 +598,6 @@ class _Record:
 
     def _keep(self, name: str, content: bytes) -> None:
         self.files.append(write_bytes(self.folder / name, content))
-
-
-def _shares(labels: Tensor, classes: int) -> Tensor:
-    counts = torch.bincount(labels.cpu(), minlength=classes).double()
-    return counts / counts.sum()
-
-
-def _distance(found: Tensor, right: Tensor) -> float:
-    """Total variation distance of two laws over the classes."""
-    return 0.5 * float((found.double().cpu() - right).abs().sum())
 
 
 def _told(seen: RoundLeakage) -> str:
