@@ -35,7 +35,7 @@ from gradinv_helpers.updates import (
     LocalTraining,
     Optimiser,
     SharedUpdate,
-    _optimiser,
+    local_optimiser,
 )
 
 Trust = Literal["central", "local"]
@@ -170,7 +170,7 @@ def train_private(
     worker = copy.deepcopy(model)
     run = _Run(worker, images, bound, noise_multiplier * bound, seed)
     recipe = LocalTraining(lr=lr, optimiser=optimiser, clip_norm=bound)
-    optimise = _optimiser(recipe, list(run.weights.values()))
+    optimise = local_optimiser(recipe, list(run.weights.values()))
     clients = torch.arange(len(images)).split(client_size)
     taken = torch.zeros(len(clients), dtype=torch.int64)
     expected = sample_rate * len(images)

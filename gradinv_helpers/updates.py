@@ -391,7 +391,7 @@ def local_update(
             tensors = dict(zip(trained, found, strict=True))
         else:
             before = {name: p.detach().clone() for name, p in trained.items()}
-            optimiser = _optimiser(training, list(trained.values()))
+            optimiser = local_optimiser(training, list(trained.values()))
             for chosen in _batches(len(images), training, seed):
                 optimiser.zero_grad()
                 _cross_entropy(worker, pixels[chosen], labels[chosen]).backward()
@@ -470,9 +470,17 @@ def _cross_entropy(model: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels)
 
 
-def _optimiser(
+def local_optimiser(
     training: LocalTraining, parameters: list[Tensor]
 ) -> torch.optim.Optimizer:
+    """Give the optimiser that a client trains these parameters with.
+
+    Args:
+        training: The client's recipe.
+        parameters: What it changes.
+
+    Taught in: notebooks/01_fl_guarantees.
+    """
     if training.optimiser == "adam":
         return torch.optim.Adam(
             parameters, lr=training.lr, weight_decay=training.weight_decay

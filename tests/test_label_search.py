@@ -8,11 +8,12 @@ from collections import Counter
 import pytest
 import torch
 
-from gradinv_helpers.attacks.label_search import infer_encoded_labels
+from gradinv_helpers.attacks.label_search import choose_labels, infer_encoded_labels
 from gradinv_helpers.attacks.labels import infer_labels
 from gradinv_helpers.data import Images, load_images
 from gradinv_helpers.defences import (
     Defence,
+    GaussianNoise,
     Sign,
     StochasticQuantisation,
     TopK,
@@ -74,3 +75,35 @@ def test_a_model_without_a_last_linear_layer() -> None:
     update = defend(local_update(model, images), Sign())
     with pytest.raises(InputError, match="ends with a trainable torch.nn.Linear"):
         infer_encoded_labels(update, PRIOR)
+
+
+def test_where_the_labels_come_from() -> None:
+    update, images = encoded(Sign(), 4, 0)
+    found, source = choose_labels(update, PRIOR)
+    assert torch.equal(found, infer_encoded_labels(update, PRIOR))
+    assert source == "inferred (likelihood)"
+    plain = local_update(update.model, images)
+    found, source = choose_labels(plain, PRIOR)
+    assert found.tolist() == images.labels.sort().values.tolist()
+    assert source == "inferred (counts)"
+    found, source = choose_labels(plain, PRIOR, images.labels)
+    assert torch.equal(found, images.labels)
+    assert source == "given (upper bound)"
+    with pytest.raises(InputError, match=r"labels.*shape \(4,\)"):
+        choose_labels(plain, PRIOR, images.labels[:3])
+
+
+def test_noise_that_hides_a_sign_leaves_the_labels_to_the_likelihood() -> None:
+    fell_back = 0
+    for seed in range(6):
+        plain, images = encoded(TopK(1.0), 1, seed)
+        plain = dataclasses.replace(plain, encoding=None)
+        generator = torch.Generator().manual_seed(seed)
+        noisy = defend(plain, GaussianNoise(0.3), generator=generator)
+        try:
+            infer_labels(noisy)
+        except InputError:
+            fell_back += 1
+        found, _ = choose_labels(noisy, PRIOR)
+        assert found.tolist() == images.labels.tolist()
+    assert fell_back

@@ -33,7 +33,7 @@ from gradinv_helpers.attacks.last_layer import (
 )
 from gradinv_helpers.compute import cpu_threads, private_randomness
 from gradinv_helpers.errors import InputError, check_choice, check_seed
-from gradinv_helpers.updates import SharedUpdate
+from gradinv_helpers.updates import SharedUpdate, local_optimiser
 
 Weights = dict[str, Tensor]
 
@@ -456,13 +456,7 @@ def _trained(
     model = copy.deepcopy(update.model)
     trained = {n: p for n, p in model.named_parameters() if n in update.tensors}
     weights = {n: p.detach() for n, p in trained.items()}
-    recipe = update.training
-    optimiser = torch.optim.SGD(
-        list(trained.values()),
-        lr=recipe.lr,
-        momentum=0.9 if recipe.optimiser == "momentum" else 0.0,
-        weight_decay=recipe.weight_decay,
-    )
+    optimiser = local_optimiser(update.training, list(trained.values()))
     for batch in batches:
         yield weights
         drawn = batch.to(labels.device)

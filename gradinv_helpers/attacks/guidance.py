@@ -14,8 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from gradinv_helpers.attacks.label_search import infer_encoded_labels
-from gradinv_helpers.attacks.labels import infer_labels
+from gradinv_helpers.attacks.label_search import choose_labels
 from gradinv_helpers.attacks.matching import cosine_distance, squared_norm
 from gradinv_helpers.attacks.optimise import Minimiser, TrialState
 from gradinv_helpers.attacks.plan import has_kinks
@@ -71,15 +70,7 @@ class Guide:
         shape = tuple(update.image_shape)
         if tuple(prior.image_shape) != shape:
             raise InputError("prior", f"images of shape {shape}", prior.image_shape)
-        self.label_source = "given (upper bound)"
-        if labels is None and update.encoding is not None:
-            labels = infer_encoded_labels(update, prior)
-            self.label_source = "inferred (likelihood)"
-        elif labels is None:
-            labels, self.label_source = infer_labels(update), "inferred (counts)"
-        elif tuple(labels.shape) != (update.num_samples,):
-            expected = f"shape ({update.num_samples},)"
-            raise InputError("labels", expected, tuple(labels.shape))
+        labels, self.label_source = choose_labels(update, prior, labels)
         self.posterior = Posterior(update, prior, labels, order="averaged")
         assert isinstance(self.posterior.prior, DiffusionPrior)
         self.prior: DiffusionPrior = self.posterior.prior

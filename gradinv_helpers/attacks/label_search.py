@@ -1,4 +1,4 @@
-"""Labels of an encoded update, by the likelihood of its messages.
+"""Labels of an update: given, counted, or found by the likelihood of its messages.
 
 Taught in: notebooks/08_differential_privacy.
 """
@@ -21,6 +21,43 @@ from gradinv_helpers.updates import SharedUpdate
 
 _LEVEL = 0.03  # what the mean image leaves open of the last layer's gradient
 _MOST_CHANGES = 50
+
+
+def choose_labels(
+    update: SharedUpdate, prior: ImagePrior, given: Tensor | None = None
+) -> tuple[Tensor, str]:
+    """Find the labels that an attack under a prior starts with.
+
+    They are counted in the update where its numbers are what the client computed.
+    Where an encoding hides that, or noise the sign of the last bias, the likelihood of
+    the messages finds them.
+
+    Args:
+        update: What the server saw.
+        prior: What is known of images.
+        given: True labels (N,), if the attacker has them.
+
+    Returns:
+        Labels (N,), int64, and in words where they come from.
+
+    Raises:
+        InputError: The labels given are not one per image, or none can be found.
+
+    Taught in: notebooks/08_differential_privacy.
+    """
+    if given is not None:
+        if tuple(given.shape) != (update.num_samples,):
+            expected = f"shape ({update.num_samples},)"
+            raise InputError("labels", expected, tuple(given.shape))
+        return given, "given (upper bound)"
+    hidden = update.encoding is not None and not update.encoding.exact
+    if not hidden:
+        try:
+            return infer_labels(update), "inferred (counts)"
+        except InputError:
+            if not update.noise_std:
+                raise
+    return infer_encoded_labels(update, prior), "inferred (likelihood)"
 
 
 def infer_encoded_labels(update: SharedUpdate, prior: ImagePrior) -> Tensor:

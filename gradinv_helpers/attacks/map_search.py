@@ -35,8 +35,7 @@ import torch
 from torch import Tensor
 
 from gradinv_helpers.attacks.joint_separation import separate_jointly
-from gradinv_helpers.attacks.label_search import infer_encoded_labels
-from gradinv_helpers.attacks.labels import infer_labels
+from gradinv_helpers.attacks.label_search import choose_labels
 from gradinv_helpers.attacks.likelihood import Quantised
 from gradinv_helpers.attacks.optimise import Minimiser, TrialState
 from gradinv_helpers.attacks.plan import has_kinks
@@ -176,19 +175,8 @@ def map_estimate(
     known = load_prior(prior, shape) if isinstance(prior, str) else prior
     if tuple(known.image_shape) != tuple(shape):
         raise InputError("prior", f"images of shape {shape}", known.image_shape)
-    source = "given (upper bound)"
     features = None
-    if labels is None and update.encoding is not None and not update.encoding.exact:
-        labels, source = infer_encoded_labels(update, known), "inferred (likelihood)"
-    if labels is None:
-        try:
-            labels, source = infer_labels(update), "inferred (counts)"
-        except InputError:
-            if not update.noise_std:
-                raise
-            # Noise has hidden the sign of the one negative entry of the last bias.
-            labels = infer_encoded_labels(update, known)
-            source = "inferred (likelihood)"
+    labels, source = choose_labels(update, known, labels)
     plain = _quiet(update) and update.training.clip_norm is None
     plain &= update.encoding is None
     if update.num_samples > 1 and plain and order is None:

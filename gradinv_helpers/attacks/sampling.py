@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from gradinv_helpers.attacks.alignment import align_images, reorder
 from gradinv_helpers.attacks.gradients import gradient_map
-from gradinv_helpers.attacks.labels import infer_labels
+from gradinv_helpers.attacks.label_search import choose_labels
 from gradinv_helpers.attacks.laplace import (
     LaplaceApproximation,
     laplace_approximation,
@@ -202,21 +202,20 @@ def sample_posterior(
             "prior", f"images of shape {update.image_shape}", known.image_shape
         )
     tau = _checked_level(update, level)
-    source = "given (upper bound)" if labels is not None else "inferred (counts)"
     if isinstance(start, str):
         check_choice("start", start, ("map", "prior"))
-    found = None
+    found, source = None, ""
     if isinstance(start, str) and start == "map":
         last = max(tau, _MAP_LAST)
         estimate = map_estimate(
             update, prior=known, labels=labels, seed=seed, last_level=last
         )
         found = estimate.latents
+        source = estimate.reconstruction.label_source
         if labels is None:
             labels = estimate.reconstruction.labels
-            source = estimate.reconstruction.label_source
-    if labels is None:
-        labels = infer_labels(update)
+    else:
+        labels, source = choose_labels(update, known, labels)
     posterior = _in_double(Posterior(update, known, labels, order=order))
     laplace = None
     with cpu_threads(posterior.work):
