@@ -459,7 +459,7 @@ def _trained(
     recipe = update.training
     optimiser = torch.optim.SGD(
         list(trained.values()),
-        lr=recipe.lr,
+        lr=recipe.rate,
         momentum=0.9 if recipe.optimiser == "momentum" else 0.0,
         weight_decay=recipe.weight_decay,
     )
