@@ -130,7 +130,7 @@ def test_no_bias_in_the_last_layer() -> None:
         {"epochs": 4},
         {"epochs": 2, "batch_size": 1},
         {"epochs": 3, "optimiser": "momentum", "lr": 0.05},
-        {"epochs": 3, "optimiser": "adam", "lr": 0.01},
+        {"epochs": 3, "optimiser": "adam", "lr": 0.003},
     ],
 )
 def test_several_steps(recipe: dict) -> None:

@@ -56,7 +56,7 @@ from gradinv_helpers.priors.library import load_prior
 from gradinv_helpers.updates import LocalTraining, SharedUpdate
 
 # Rates that are tried: from what the bias change needs at least, upwards.
-_GRID, _SPAN, _SPAN_OF_ADAM = 400, 1e4, 30.0
+_GRID, _SPAN = 400, 1e4
 _MARGIN = 0.5  # of that least rate: momentum and decay are not counted exactly
 _ORDERS_FEW, _ORDERS_MANY, _FEW = 64, 8, 8  # orders that are tried; samples
 _MOST_COUNTS = 24  # label counts that are replayed
@@ -66,7 +66,7 @@ _LEVELS = (1e-1, 3e-2)
 _ITERATIONS, _FLAT, _PATIENCE = 3, 1e-3, 2  # per level, of 20 updates each
 _WIDTH = 0.5  # standard deviation of the logarithm of the rate
 _STEP = 2e-3  # of its finite differences, in this unit
-_MOMENTUM, _BETA1, _BETA2, _EPSILON = 0.9, 0.9, 0.999, 1e-8
+_MOMENTUM = 0.9
 _GOLDEN, _NARROWINGS = (5**0.5 - 1) / 2, 40
 
 
@@ -76,12 +76,13 @@ class LearningRateEstimate:
 
     Args:
         lr: The rate.
-        first: What the last layer alone says.
+        first: What the last layer alone says; for Adam, the largest entry.
         labels: Labels (N,) that go with it; given or inferred.
         order: The images of every local step, by place among the labels, where the
             client takes several batches and an order fits; otherwise ``averaged``.
         misfit: Distance of the fitted change to the one sent, as a share of it; of
-            the last layer's bias alone where no images were fitted.
+            the last layer's bias alone where no images were fitted. NaN for several
+            steps of Adam without images.
         source: How the rate was found, in words.
 
     Taught in: notebooks/04_aggregated_gradients.
@@ -113,7 +114,8 @@ def infer_learning_rate(
     Any rate in the update's recipe is ignored. The estimate scales with the update as
     it must: a change that is c times as large after one step of SGD has c times the
     rate. Adam's first step is the sign of the gradient times the rate, so that its
-    largest entry is the rate.
+    largest entry is the rate; of several steps, some entry hardly ever turns around,
+    and the largest entry by the number of steps is little less than the rate.
 
     Rates so large that one step turns the predictions around are found poorly: what
     the later steps do depends on them no more, or erratically.
@@ -150,7 +152,7 @@ def infer_learning_rate(
     best = rivals[0]
     settled = _steps(update) == 1 and len(rivals) == 1 and best.miss < _SURE
     if not refine or settled:
-        return _estimate(best, best.lr, best.miss, "last layer")
+        return _estimate(best, best.lr, best.miss, _source(update))
     known = load_prior(prior, update.image_shape) if isinstance(prior, str) else prior
     fits = [_Fit(update, known, rival) for rival in rivals]
     with cpu_threads(fits[0].posterior.work):
@@ -160,7 +162,8 @@ def infer_learning_rate(
             if number == 0:  # the prior's choice; the others cost as much again
                 fits = [min(fits, key=lambda fit: fit.lowest)]
     fit = fits[0]
-    return _estimate(fit.rival, fit.lr, fit.misfit(), "last layer, then images")
+    source = f"{_source(update)}, then images"
+    return _estimate(fit.rival, fit.lr, fit.misfit(), source)
 
 
 def learning_rate_profile(
@@ -271,17 +274,15 @@ def _by_last_layer(
     seed: int,
 ) -> list[_Rival]:
     """What explains the last layer's change, the best first."""
-    recipe = update.training
+    if update.training.optimiser == "adam":
+        return [_by_largest_entry(update, labels, order, seed)]
     features = dummy_features(update, seed)
     weight, sent = with_bias(layer.sent_weight, layer.sent_bias, features)
     layer = replace(layer, sent_weight=weight, sent_bias=sent)
-    adam = recipe.optimiser == "adam"
-    feature = features.mean(0) if adam else mean_feature((weight, sent))
+    feature = mean_feature((weight, sent))
     rates = _rates(update, sent)
     if labels is not None:
         sets = [labels]
-    elif adam:
-        sets = [infer_labels(_at(update, _of_adam(update)), seed=seed)]
     else:
         sets = _label_sets(update, layer, feature, features, rates)
     if _steps(update) == 1:
@@ -302,18 +303,24 @@ def _rates(update: SharedUpdate, sent: Tensor) -> Tensor:
 
     An entry of p - y is at most 1.
     """
-    recipe, span = update.training, _SPAN
-    least = float(sent.abs().max()) / mean_gain(recipe, update.group_sizes or ())
-    if recipe.optimiser == "adam":
-        least, span = _of_adam(update), _SPAN_OF_ADAM
-    ends = math.log(_MARGIN * least), math.log(span * least)
+    gain = mean_gain(update.training, update.group_sizes or ())
+    least = float(sent.abs().max()) / gain
+    ends = math.log(_MARGIN * least), math.log(_SPAN * least)
     return torch.linspace(*ends, _GRID, dtype=torch.float64).exp()
 
 
-def _of_adam(update: SharedUpdate) -> float:
-    """The rate if some entry moved by it in every step, as in the first."""
-    largest = max(float(sent.abs().max()) for sent in update.tensors.values())
-    return largest / _steps(update)
+def _by_largest_entry(
+    update: SharedUpdate, labels: Tensor | None, order: Order | None, seed: int
+) -> _Rival:
+    """Adam's rate, as if some entry had moved by it in every step, as in the first."""
+    steps = _steps(update)
+    rate = max(float(sent.abs().max()) for sent in update.tensors.values()) / steps
+    if not rate:
+        raise InputError("update", "a non-zero weight change", "all zeros")
+    if labels is None:
+        labels = infer_labels(_at(update, rate), seed=seed)
+    miss = 0.0 if steps == 1 else math.nan  # of several, the bias alone does not say
+    return _Rival(rate, labels, order or "averaged", miss)
 
 
 def _label_sets(
@@ -385,8 +392,6 @@ def _one_step(
     """The rate of one step in closed form."""
     assert layer.sent_bias is not None
     rest = order or "averaged"
-    if update.training.optimiser == "adam":
-        return _Rival(_of_adam(update), labels, rest, 0.0)
     (expected,) = _predictions(update, layer, feature, features)
     error = _shares(labels, layer.num_classes) - expected
     rate = float((layer.sent_bias @ error) / (error @ error))
@@ -467,24 +472,15 @@ def _bias_change(
     """
     start = torch.stack([layer.weight @ feature, layer.bias])  # both parts of logits
     reach = torch.stack([feature.square().sum(), torch.ones(()).double()])[:, None]
-    if recipe.optimiser == "adam":  # moves every weight as far, whatever its input
-        reach = torch.stack([feature.abs().sum(), torch.ones(()).double()])[:, None]
     present = start.expand(len(shares), len(rates), -1, -1)
-    first, second = torch.zeros_like(present), torch.zeros_like(present)
-    step_sizes = rates[:, None, None]
-    for step, targets in enumerate(shares.unbind(1), start=1):
+    speed, momentum = torch.zeros_like(present), 0.0
+    if recipe.optimiser == "momentum":
+        momentum = _MOMENTUM
+    for targets in shares.unbind(1):
         error = present.sum(2).softmax(-1) - targets[:, None]
-        if recipe.optimiser == "adam":
-            slope = error[:, :, None].expand_as(present)
-            first = _BETA1 * first + (1 - _BETA1) * slope
-            second = _BETA2 * second + (1 - _BETA2) * slope.square()
-            root = (second / (1 - _BETA2**step)).sqrt() + _EPSILON
-            along = reach * first / (1 - _BETA1**step) / root
-        else:
-            slope = reach * error[:, :, None] + recipe.weight_decay * present
-            first = slope + (_MOMENTUM if recipe.optimiser == "momentum" else 0) * first
-            along = first
-        present = present - step_sizes * along
+        slope = reach * error[:, :, None] + recipe.weight_decay * present
+        speed = momentum * speed + slope
+        present = present - rates[:, None, None] * speed
     return present[:, :, 1] - layer.bias
 
 
@@ -622,6 +618,12 @@ def _shares(labels: Tensor, num_classes: int) -> Tensor:
 def _steps(update: SharedUpdate) -> int:
     """Most local steps of a client."""
     return max(update.training.num_steps(size) for size in update.group_sizes or ())
+
+
+def _source(update: SharedUpdate) -> str:
+    """What is asked first."""
+    by_adam = update.training.optimiser == "adam"
+    return "largest entry" if by_adam else "last layer"
 
 
 def _one_client(update: SharedUpdate) -> bool:
