@@ -350,6 +350,9 @@ def _label_sets(
             if scale > 0:
                 key = tuple(counts.tolist())
                 misses[key] = min(miss, misses.get(key, math.inf))
+    if not misses:
+        wanted = "a last layer that moves towards some labels"
+        raise InputError("update", wanted, "one that moves away from all")
     chosen = sorted(misses, key=lambda key: (misses[key], key))[:_MOST_COUNTS]
     classes = torch.arange(layer.num_classes)
     return [torch.repeat_interleave(classes, torch.tensor(key)) for key in chosen]
