@@ -85,6 +85,15 @@ if TYPE_CHECKING:
     from gradinv_helpers.attacks.laplace import (
         laplace_approximation as laplace_approximation,
     )
+    from gradinv_helpers.attacks.learning_rate import (
+        LearningRateEstimate as LearningRateEstimate,
+    )
+    from gradinv_helpers.attacks.learning_rate import (
+        infer_learning_rate as infer_learning_rate,
+    )
+    from gradinv_helpers.attacks.learning_rate import (
+        learning_rate_profile as learning_rate_profile,
+    )
     from gradinv_helpers.attacks.map_search import MapEstimate as MapEstimate
     from gradinv_helpers.attacks.map_search import Stage as Stage
     from gradinv_helpers.attacks.map_search import map_estimate as map_estimate
@@ -357,6 +366,11 @@ _HOMES = {
         "label_histograms",
         "total_variation",
         "update_similarity",
+    ),
+    "attacks.learning_rate": (
+        "LearningRateEstimate",
+        "infer_learning_rate",
+        "learning_rate_profile",
     ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

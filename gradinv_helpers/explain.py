@@ -21,6 +21,7 @@ from gradinv_helpers.attacks.exact import _METHODS
 from gradinv_helpers.attacks.gradients import _chain_layers, _Conv, _Linear
 from gradinv_helpers.attacks.jacobian import RANK_THRESHOLD, linearise_gradient
 from gradinv_helpers.attacks.labels import infer_labels
+from gradinv_helpers.attacks.learning_rate import with_learning_rate
 from gradinv_helpers.attacks.levenberg_marquardt import MOST_UNKNOWNS
 from gradinv_helpers.attacks.plan import has_kinks
 from gradinv_helpers.attacks.spectrum import (
@@ -158,7 +159,8 @@ def explain_update(
     the update gives away, never at the truth: its rank is the same at almost all
     images behind smooth activations, and similar behind ReLU. It is that of *one
     gradient* of all images at the weights before the update; for several local steps
-    this is a stand-in, and the explanation says so.
+    this is a stand-in, and the explanation says so. A learning rate that the recipe
+    leaves open is read off the last layer.
 
     Args:
         update: What the server saw.
@@ -179,6 +181,7 @@ def explain_update(
     check_choice("measure", measure, MEASURES)
     check_seed("seed", seed)
     begun = time.perf_counter()
+    update, _ = with_learning_rate(update, refine=False, seed=seed)
     shape = (update.num_samples, *update.image_shape)
     images = reference_images(shape, seed).to(next(iter(update.tensors.values())))
     model = copy.deepcopy(update.model)  # batch statistics may change on the way
@@ -366,7 +369,7 @@ def _scale(update: SharedUpdate) -> float:
     if update.kind == "gradient":
         return 1.0
     groups = update.group_sizes or (update.num_samples,)
-    return update.training.lr * max(update.training.num_steps(n) for n in groups)
+    return update.training.rate * max(update.training.num_steps(n) for n in groups)
 
 
 # --- attacks ----------------------------------------------------------------------

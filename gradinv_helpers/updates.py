@@ -42,7 +42,9 @@ class LocalTraining:
 
     Args:
         sends: ``gradient`` or ``delta`` (weights after minus weights before).
-        lr: Learning rate of the local optimiser; public, as in FedAvg.
+        lr: Learning rate of the local optimiser; public, as in FedAvg. ``None`` in the
+            recipe of an update says that the server does not know it; attacks then
+            infer it (``infer_learning_rate``).
         epochs: Passes over the client's images.
         batch_size: Images per local step; ``None`` takes all of them at once.
         optimiser: ``sgd``, ``momentum`` (0.9) or ``adam``.
@@ -61,7 +63,7 @@ class LocalTraining:
     """
 
     sends: Literal["gradient", "delta"] = "gradient"
-    lr: float = 0.1
+    lr: float | None = 0.1
     epochs: int = 1
     batch_size: int | None = None
     optimiser: Optimiser = "sgd"
@@ -70,7 +72,8 @@ class LocalTraining:
 
     def __post_init__(self) -> None:
         check_choice("sends", self.sends, ("gradient", "delta"))
-        check_number("lr", self.lr, exclusive=True)
+        if self.lr is not None:
+            check_number("lr", self.lr, exclusive=True)
         check_count("epochs", self.epochs)
         if self.batch_size is not None:
             check_count("batch_size", self.batch_size)
@@ -88,6 +91,22 @@ class LocalTraining:
                 f"epochs={self.epochs}, batch_size={self.batch_size}",
                 "several local steps send a weight change: use sends='delta'",
             )
+
+    @property
+    def rate(self) -> float:
+        """The learning rate, where a computation needs one.
+
+        Raises:
+            InputError: The server does not know it.
+        """
+        if self.lr is None:
+            raise InputError(
+                "training.lr",
+                "the client's learning rate",
+                None,
+                "infer_learning_rate finds it in a weight change",
+            )
+        return self.lr
 
     def num_steps(self, num_samples: int) -> int:
         """Number of optimiser steps on ``num_samples`` images."""
@@ -234,7 +253,7 @@ class SharedUpdate:
             )
         weights = dict(self.model.named_parameters())
         return {
-            name: -delta / recipe.lr - recipe.weight_decay * weights[name].detach()
+            name: -delta / recipe.rate - recipe.weight_decay * weights[name].detach()
             for name, delta in self.tensors.items()
         }
 
@@ -359,8 +378,8 @@ def local_update(
         The update, free of images and labels.
 
     Raises:
-        InputError: No images, labels outside the model's classes, or training that
-            ends in NaN.
+        InputError: No images, labels outside the model's classes, a weight change
+            without a learning rate, or training that ends in NaN.
 
     Source: McMahan et al. (2017), Algorithm 1 (ClientUpdate).
     Taught in: notebooks/01_fl_guarantees.
@@ -483,11 +502,11 @@ def local_optimiser(
     """
     if training.optimiser == "adam":
         return torch.optim.Adam(
-            parameters, lr=training.lr, weight_decay=training.weight_decay
+            parameters, lr=training.rate, weight_decay=training.weight_decay
         )
     return torch.optim.SGD(
         parameters,
-        lr=training.lr,
+        lr=training.rate,
         momentum=0.9 if training.optimiser == "momentum" else 0.0,
         weight_decay=training.weight_decay,
     )

@@ -20,6 +20,7 @@ from gradinv_helpers.bench import (
     batch,
     defences,
     fedavg,
+    learning_rate,
     networks,
     priors,
     privacy,
@@ -325,6 +326,23 @@ def check_heterogeneity(result: dict) -> None:
     assert result["summary"]["images"]
 
 
+def check_learning_rate(result: dict) -> None:
+    records = result["records"]
+    assert {r["what"] for r in records} == {
+        learning_rate.FAST,
+        learning_rate.REFINED,
+        learning_rate.SEEN,
+    }
+    one_step = {"images": 1, "epochs": 1, "network": learning_rate.LENET}
+    (exact,) = suite.chosen(records, what=learning_rate.FAST, **one_step)
+    assert exact["error"] < 1e-3
+    assert exact["labels_right"]
+    assert len(result["summary"]["cases"]) == len(learning_rate.QUICK_CASES)
+    (seen,) = result["summary"]["seen"]
+    rates = (learning_rate.TRUE, learning_rate.FOUND, learning_rate.TWICE)
+    assert set(seen["psnr"]) == set(rates)
+
+
 CHECKS: dict[str, Callable[[dict], None]] = {
     "single": check_single,
     "trials": check_trials,
@@ -334,6 +352,7 @@ CHECKS: dict[str, Callable[[dict], None]] = {
     "batch": check_batch,
     "wall": check_wall,
     "fedavg": check_fedavg,
+    "learning-rate": check_learning_rate,
     "priors": check_priors,
     "privacy": check_privacy,
     "defences": check_defences,

@@ -158,7 +158,7 @@ def _gradient_of_layer(update: SharedUpdate, name: str) -> Tensor:
         if key in update.tensors:
             sent = update.tensors[key].double().cpu()
             if update.kind == "delta" and recipe.weight_decay:
-                decay = recipe.lr * recipe.weight_decay
+                decay = recipe.rate * recipe.weight_decay
                 sent = sent + decay * start[key].detach().double().cpu()
             columns.append(sent.reshape(len(sent), -1))
     return torch.cat(columns, 1)

@@ -23,6 +23,7 @@ from gradinv_helpers.attacks.learned import (
     prior_for,
     run_under_prior,
 )
+from gradinv_helpers.attacks.learning_rate import rate_is_missing, with_learning_rate
 from gradinv_helpers.attacks.matching import Distance
 from gradinv_helpers.attacks.plan import ATTACKS, make_plan
 from gradinv_helpers.attacks.problem import MatchingProblem
@@ -84,7 +85,9 @@ def invert(
             others need a gradient, or a weight change by one SGD step. An update that
             a defence has encoded (``update.encoding``) is read by its likelihood:
             ``auto`` takes ``gaussian-map``; ``dataclasses.replace(update,
-            encoding=None)`` is attacked at face value.
+            encoding=None)`` is attacked at face value. Where the recipe of a weight
+            change leaves the learning rate open, it is inferred first, and ``reason``
+            says so.
         attack: ``dlg`` fits images and labels together by L-BFGS on the relative
             squared error; ``idlg`` first reads the label off the gradient (one sample
             only); ``inverting-gradients`` minimises the cosine distance and a little
@@ -218,6 +221,20 @@ def invert_clients(
     sizes = [u.group_sizes for u in updates]
     if len(set(sizes)) > 1:
         raise InputError("updates", "equal numbers of samples", f"{sizes}")
+    if rate_is_missing(updates[0]):
+        solve = functools.partial(
+            invert_clients,
+            attack=attack,
+            prior=prior,
+            init_scale=init_scale,
+            tv_weight=tv_weight,
+            distance=distance,
+            optimiser=optimiser,
+            log_every=log_every,
+            iterations=asked["iterations"],
+            restarts=asked["restarts"],
+        )
+        return _with_inferred_rates(solve, updates, labels, seed, on_step, checkpoint)
     settled = tv_weight is not None or distance is not None or optimiser is not None
     if attack == "exact" and (distance is not None or optimiser is not None):
         raise InputError(
@@ -312,6 +329,37 @@ def invert_clients(
     ):
         solved |= dict(zip(chosen, found, strict=False))
     return _in_order(solved, len(updates))
+
+
+def _with_inferred_rates(
+    solve: Callable[..., list[Reconstruction]],
+    updates: Sequence[SharedUpdate],
+    labels: Sequence[Tensor | Sequence[int]] | None,
+    seed: int,
+    on_step: Callable[[Step], None] | None,
+    checkpoint: str | Path | None,
+) -> list[Reconstruction]:
+    """Attack clients one by one, each at the learning rate that its update shows."""
+    found: list[Reconstruction] = []
+    for k, update in enumerate(updates):
+
+        def tell(step: Step, client: int = k) -> None:
+            if on_step is not None:
+                on_step(replace(step, client=client))
+
+        known = None if labels is None else labels[k]
+        filled, note = with_learning_rate(update, labels=known, seed=seed + k)
+        (alone,) = solve(
+            [filled],
+            labels=None if known is None else [known],
+            seed=seed + k,
+            on_step=tell,
+            checkpoint=_numbered(checkpoint, k),
+        )
+        found.append(replace(alone, reason=alone.reason + note))
+        if alone.stopped == "interrupted":
+            break
+    return found
 
 
 def _evenly(clients: Sequence[int], most: int) -> list[Sequence[int]]:

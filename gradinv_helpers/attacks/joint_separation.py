@@ -228,7 +228,7 @@ def _noise_of_rows(
     absolute = torch.full_like(gradient[:, 0], smallest * gradient.shape[1] ** 0.5)
     if update.kind == "delta":  # a difference of weights that were rounded
         start = torch.cat([layer.weight, layer.bias[:, None]], 1)
-        absolute = torch.hypot(absolute, eps * start.norm(dim=1)) / update.training.lr
+        absolute = torch.hypot(absolute, eps * start.norm(dim=1)) / update.training.rate
     return torch.hypot(eps * gradient.norm(dim=1), absolute)
 
 

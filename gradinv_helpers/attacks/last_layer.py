@@ -125,7 +125,7 @@ def mean_gradient(
             f"a change by {what}",
             "" if update.normalized else "use method 'trajectory'",
         )
-    scale = 1.0 if update.normalized else recipe.lr * mean_gain(recipe, group_sizes)
+    scale = 1.0 if update.normalized else recipe.rate * mean_gain(recipe, group_sizes)
     steps = max(recipe.num_steps(size) for size in group_sizes)
     half = 0.5 if steps > 1 else 0.0
 
@@ -172,7 +172,7 @@ def bias_noise(
     precision = torch.finfo(next(iter(update.tensors.values())).dtype).eps
     steps = max(update.training.num_steps(size) for size in group_sizes)
     rounding = precision * float(layer.bias.abs().max()) * steps**0.5
-    scale = update.training.lr * mean_gain(update.training, group_sizes)
+    scale = update.training.rate * mean_gain(update.training, group_sizes)
     return max(update.noise_std, rounding) / scale
 
 

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from gradinv_helpers.attacks.joint_separation import separate_jointly
 from gradinv_helpers.attacks.label_search import choose_labels
+from gradinv_helpers.attacks.learning_rate import with_learning_rate
 from gradinv_helpers.attacks.likelihood import Quantised
 from gradinv_helpers.attacks.optimise import Minimiser, TrialState
 from gradinv_helpers.attacks.plan import has_kinks
@@ -142,7 +143,7 @@ def map_estimate(
 
     Args:
         update: A gradient, or a weight change after any local training, of one client
-            or of several.
+            or of several. A learning rate that it leaves open is inferred first.
         prior: What is known of images: ``spectrum``, or any prior for the update's
             image shape.
         labels: True labels (N,), if the attacker is given them; inferred otherwise.
@@ -175,6 +176,9 @@ def map_estimate(
     known = load_prior(prior, shape) if isinstance(prior, str) else prior
     if tuple(known.image_shape) != tuple(shape):
         raise InputError("prior", f"images of shape {shape}", known.image_shape)
+    update, note = with_learning_rate(
+        update, prior=known, labels=labels, order=order, seed=seed
+    )
     features = None
     labels, source = choose_labels(update, known, labels)
     plain = _quiet(update) and update.training.clip_norm is None
@@ -197,7 +201,11 @@ def map_estimate(
         inferred=not source.startswith("given"),
         checkpoint=None if checkpoint is None else Path(checkpoint),
     )
-    return search.run(source)
+    estimate = search.run(source)
+    images = estimate.reconstruction
+    return replace(
+        estimate, reconstruction=replace(images, reason=images.reason + note)
+    )
 
 
 def _quiet(update: SharedUpdate) -> bool:

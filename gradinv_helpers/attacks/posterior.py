@@ -20,6 +20,7 @@ Taught in: notebooks/04_aggregated_gradients.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -87,11 +88,12 @@ class Posterior:
         features: Tensor | None = None,
         order: Order = "sequential",
     ):
-        self.update, self.prior = update, prior
+        self.update, self.prior, self.training = update, prior, update.training
         self.labels, self.features, self.order = labels, features, order
         self.model = copy.deepcopy(update.model)
         self.steps = _steps_to_replay(update)
         as_sent = self.steps > 0 or _has_statistics(update) or _is_encoded(update)
+        self.as_sent = as_sent
         stated = _stated(update, as_sent=as_sent)
         self.num_gradients = len(stated)  # the rest are changes of statistics
         if _has_statistics(update):
@@ -102,7 +104,7 @@ class Posterior:
         self.likelihoods += [Gaussian()] * (len(stated) - self.num_gradients)
         self.mixed = encoding is not None and encoding.kind == "mixed"
         # Of a change: what it is divided by to become a gradient.
-        rate = update.training.lr if update.kind == "delta" and not as_sent else 1.0
+        rate = update.training.rate if update.kind == "delta" and not as_sent else 1.0
         self.noise = update.noise_std / rate
         self.rounding = _rounding(update, rate)
         with torch.no_grad():
@@ -158,7 +160,7 @@ class Posterior:
             sizes = update.group_sizes or ()
             return replay_map(
                 self.model,
-                update.training,
+                self.training,
                 self.num_samples,
                 order=self.order,
                 group_sizes=sizes if len(sizes) > 1 else None,
@@ -179,6 +181,24 @@ class Posterior:
         other.prior = self.prior.given(labels)
         other.classes = other._one_hot()
         other.map = other._map()
+        return other
+
+    def with_rate(self, lr: float) -> Posterior:
+        """The same posterior of a weight change, for another learning rate."""
+        other = copy.copy(self)
+        other.training = replace(self.training, lr=lr)
+        if self.as_sent:  # the map trains at this rate
+            other.map = other._map()
+            return other
+        ratio, decay = self.training.rate / lr, self.training.weight_decay
+        weights = dict(self.model.named_parameters())
+        starts = [decay * weights[name].detach() for name in self.update.tensors]
+        pairs = zip(self.targets, starts, strict=True)
+        other.targets = [ratio * (sent + start) - start for sent, start in pairs]
+        rows = zip(self.likelihoods, other.targets, strict=True)
+        other.norms = [law.squared_norm(target) for law, target in rows]
+        other.noise = ratio * self.noise
+        other.rounding = [ratio * std for std in self.rounding]
         return other
 
     def double(self) -> Posterior:

@@ -112,7 +112,7 @@ class MatchingProblem:
     def noise(self) -> list[float]:
         """Standard deviation of the noise that each client's protocol states."""
         first = self.updates[0]
-        units = first.training.lr if first.kind == "delta" else 1.0  # of the gradient
+        units = first.training.rate if first.kind == "delta" else 1.0  # of the gradient
         return [update.noise_std / units for update in self.updates]
 
     @property

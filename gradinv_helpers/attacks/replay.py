@@ -497,7 +497,7 @@ class _Optimiser:
         self.steps += 1
         for i, gradient in enumerate(gradients):
             if gradient is not None:  # others stay, weight decay or not
-                self.moved[i] = self.moved[i] - self.training.lr * self._along(
+                self.moved[i] = self.moved[i] - self.training.rate * self._along(
                     i, gradient
                 )
 

@@ -189,7 +189,7 @@ def _gradient(update: SharedUpdate, layer: LastLayer) -> Tensor:
         return sent
     recipe = update.training
     start = torch.cat([layer.weight, layer.bias[:, None]], 1)
-    step = 1.0 if update.normalized else recipe.lr
+    step = 1.0 if update.normalized else recipe.rate
     return -sent / step - recipe.weight_decay * start
 
 

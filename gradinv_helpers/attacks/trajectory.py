@@ -143,8 +143,8 @@ def _simulate_layer(
         weight_speed = momentum * weight_speed + torch.outer(error, feature)
         weight_speed = weight_speed + recipe.weight_decay * weight
         bias_speed = momentum * bias_speed + error + recipe.weight_decay * bias
-        weight = weight - recipe.lr * weight_speed
-        bias = bias - recipe.lr * bias_speed
+        weight = weight - recipe.rate * weight_speed
+        bias = bias - recipe.rate * bias_speed
     return line, (weight, bias)
 
 
@@ -253,7 +253,7 @@ def _costs(
         gradient = predictions[at][None, :, None] - shares  # (orders, T, N + 1)
         change = change + weight * _change_by_adam(recipe, gradient, start)
     mean = change.mean(0)
-    error = (_MODEL_ERROR * mean).square() + (1e-3 * recipe.lr) ** 2
+    error = (_MODEL_ERROR * mean).square() + (1e-3 * recipe.rate) ** 2
     variance = change.var(0) + error + noise**2
     return (observed - mean).square() / variance + variance.log()
 
@@ -267,7 +267,7 @@ def _change_by_adam(recipe: LocalTraining, gradient: Tensor, start: Tensor) -> T
         first = _BETA1 * first + (1 - _BETA1) * slope
         second = _BETA2 * second + (1 - _BETA2) * slope.square()
         scale = (second / (1 - _BETA2**step)).sqrt() + _EPSILON
-        bias = bias - recipe.lr * first / (1 - _BETA1**step) / scale
+        bias = bias - recipe.rate * first / (1 - _BETA1**step) / scale
     return bias - start
 
 

@@ -15,6 +15,7 @@ SUITES: tuple[str, ...] = (
     "batch",
     "wall",
     "fedavg",
+    "learning-rate",
     "priors",
     "heterogeneity",
     "privacy",

@@ -167,7 +167,8 @@ def run_bench(
 
 def _suite(name: str) -> Suite:
     """Load the module of a suite."""
-    found: Suite = importlib.import_module(f"gradinv_helpers.bench.{name}").SUITE
+    module = "gradinv_helpers.bench." + name.replace("-", "_")
+    found: Suite = importlib.import_module(module).SUITE
     return found
 
 

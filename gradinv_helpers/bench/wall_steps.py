@@ -52,7 +52,7 @@ def count_steps(
             for first in range(0, len(x), size):
                 some = slice(first, first + size)
                 slopes = _gradient(model, moved, x[some], targets[some])
-                moved = {n: w - training.lr * slopes[n] for n, w in moved.items()}
+                moved = {n: w - training.rate * slopes[n] for n, w in moved.items()}
         return torch.cat([(moved[n] - w).flatten() for n, w in weights.items()])
 
     sent, linear = _linearised(change, images.flatten())

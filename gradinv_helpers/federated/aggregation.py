@@ -123,8 +123,9 @@ def apply_update(
 
     Source: McMahan et al. (2017), Section 2. Taught in: notebooks/01_fl_guarantees.
     """
-    step = update.training.lr if lr is None else lr
-    scale = -step if update.kind == "gradient" else 1.0
+    scale = 1.0
+    if update.kind == "gradient":
+        scale = -(update.training.rate if lr is None else lr)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in update.tensors:

@@ -233,7 +233,10 @@ def _server_step(model: nn.Module, update: SharedUpdate, server_lr: float) -> No
         update = update.replace_tensors(
             {name: server_lr * tensor for name, tensor in update.tensors.items()}
         )
-    apply_update(model, update, lr=server_lr * update.training.lr)
+    is_gradient = update.kind == "gradient"
+    apply_update(
+        model, update, lr=server_lr * update.training.rate if is_gradient else None
+    )
 
 
 def _check_draw(clients: Sequence[Client], clients_per_round: int | None) -> int:
