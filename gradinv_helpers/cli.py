@@ -821,6 +821,7 @@ def bench_command(
     networks: batches behind ConvNet and ResNet-18. batch: aggregates behind LeNet.
     wall: what a gradient determines. fedavg: weight changes of several local steps.
     priors: VAE and diffusion beside Gaussian priors (--dataset digits).
+    diffusion: the options of diffusion-dlg, one at a time (--dataset digits).
     heterogeneity, privacy, defences (--dataset digits), secagg: federations, and what
     protects them.
     Writes a table, a plot and a JSON file with every measurement and the facts of the

@@ -19,6 +19,7 @@ from gradinv_helpers.bench import (
     SUITES,
     batch,
     defences,
+    diffusion,
     fedavg,
     networks,
     priors,
@@ -276,6 +277,27 @@ def check_priors(result: dict) -> None:
     assert result["notes"]["models"]["convnet, trained"]["victims_unseen"]
 
 
+def check_diffusion(result: dict) -> None:
+    summaries = result["summary"]["cases"]
+    for part in diffusion.QUICK_PARTS:
+        ours = [s for s in summaries if s["part"] == part.name]
+        expected = [(c.method, c.setting) for c in part.all]
+        assert [(s["method"], s["setting"]) for s in ours] == expected
+        guesses = [s["psnr"]["value"] for s in ours if s["method"] == "class mean"]
+        for summary in ours:
+            assert summary["floor"] >= max(guesses) - 1e-3
+            gain = summary["psnr"]["value"] - summary["floor"]
+            assert summary["gain"]["value"] == pytest.approx(gain, abs=1e-3)
+    for record in result["records"]:
+        right = 0 if record["labels"] == diffusion.WRONG else record["images"]
+        assert record["labels_right"] == right
+        assert len(record["psnr"]) == len(record["mse"]) == record["images"]
+        assert ("misfit" in record) == (
+            record["method"] not in (*diffusion.GUESSES, diffusion.MISLED)
+        )
+    assert result["notes"]["models"]["convnet, trained"]["victims_unseen"]
+
+
 def check_privacy(result: dict) -> None:
     summary = result["summary"]
     assert set(summary) == {"price", "leak", "bound"}
@@ -335,6 +357,7 @@ CHECKS: dict[str, Callable[[dict], None]] = {
     "wall": check_wall,
     "fedavg": check_fedavg,
     "priors": check_priors,
+    "diffusion": check_diffusion,
     "privacy": check_privacy,
     "defences": check_defences,
     "secagg": check_secagg,

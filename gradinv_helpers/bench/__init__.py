@@ -16,6 +16,7 @@ SUITES: tuple[str, ...] = (
     "wall",
     "fedavg",
     "priors",
+    "diffusion",
     "heterogeneity",
     "privacy",
     "secagg",
