@@ -33,6 +33,8 @@ from gradinv_helpers.bench import (
     wall,
 )
 from gradinv_helpers.bench import labels as label_suite
+from gradinv_helpers.bench.results import main as rewrite
+from gradinv_helpers.bench.results import read_result
 from gradinv_helpers.bench.runner import BenchOptions, run_bench
 from gradinv_helpers.bench.suite import Report, Setting, Suite, Task
 from gradinv_helpers.data import Images, load_images
@@ -66,6 +68,7 @@ SCHEMA = {
         "notes": {"type": "object", "required": ["images_sha256"]},
         "complete": {"const": True},
         "summary": {"type": "object", "minProperties": 1},
+        "shared": {"type": "array", "minItems": 1},
         "records": {
             "type": "array",
             "minItems": 1,
@@ -112,8 +115,8 @@ def test_quick_suite(name: str, tmp_path: Path, monkeypatch, capsys) -> None:
     assert made == {f"{name}_digits_quick{end}" for end in (".json", ".md", ".png")}
     assert all(file in out for file in made)
     text = (tmp_path / f"{name}_digits_quick.json").read_text()
-    result = json.loads(text)
-    jsonschema.validate(result, SCHEMA)
+    jsonschema.validate(json.loads(text), SCHEMA)
+    result = read_result(tmp_path / f"{name}_digits_quick.json")
     assert str(tmp_path) not in text
     keys = [record["key"] for record in result["records"]]
     assert len(set(keys)) == len(keys)
@@ -471,6 +474,19 @@ def test_interrupted_run_goes_on(tmp_path: Path, counted, capsys) -> None:
 
     assert cli.run(arguments) == 0  # a finished run is measured afresh
     assert counted == ["a", "b", "c", "d"] * 2
+
+
+def test_rewritten_unfinished_run_goes_on(tmp_path: Path, counted, capsys) -> None:
+    counted.append("stop")
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(options(tmp_path))
+    partial = tmp_path / "single_digits.partial.json"
+    rewrite([str(partial)])
+    assert capsys.readouterr().out.startswith("single_digits.partial.json: ")
+    run_bench(options(tmp_path))
+    assert counted == ["a", "b", "c", "d"]
+    result = read_result(tmp_path / "single_digits.json")
+    assert [record["key"] for record in result["records"]] == list("abcd")
 
 
 def test_unfinished_run_of_another_kind_is_kept(tmp_path: Path, counted) -> None:
