@@ -476,13 +476,12 @@ def test_interrupted_run_goes_on(tmp_path: Path, counted, capsys) -> None:
     assert counted == ["a", "b", "c", "d"] * 2
 
 
-def test_rewritten_unfinished_run_goes_on(tmp_path: Path, counted, capsys) -> None:
+def test_rewritten_unfinished_run_goes_on(tmp_path: Path, counted) -> None:
     counted.append("stop")
     with pytest.raises(KeyboardInterrupt):
         run_bench(options(tmp_path))
     partial = tmp_path / "single_digits.partial.json"
     rewrite([str(partial)])
-    assert capsys.readouterr().out.startswith("single_digits.partial.json: ")
     run_bench(options(tmp_path))
     assert counted == ["a", "b", "c", "d"]
     result = read_result(tmp_path / "single_digits.json")

@@ -133,11 +133,9 @@ def _is_table(value: Any) -> bool:
 
 
 def main(paths: Sequence[str]) -> None:
-    """Rewrite files, and say how large they were and are."""
-    for path in map(Path, paths):
-        before = path.stat().st_size if path.is_file() else 0
-        after = write_result(path, read_result(path)).stat().st_size
-        print(f"{path.name}: {before:,} -> {after:,} bytes")
+    """Rewrite files where they lie."""
+    for path in paths:
+        write_result(path, read_result(path))
 
 
 if __name__ == "__main__":
