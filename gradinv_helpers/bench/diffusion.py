@@ -521,11 +521,14 @@ def _by_title(
     part: str, summaries: Sequence[Record]
 ) -> Iterator[tuple[str, list[Record]]]:
     """Rows of each table; the first setting of an attack is in every one of them."""
-    methods, settings = (distinct(summaries, n) for n in ("method", "setting"))
-    ordered = sorted(
-        summaries,
-        key=lambda s: (methods.index(s["method"]), settings.index(s["setting"])),
-    )
+    methods = distinct(summaries, "method")
+
+    def place(summary: Record) -> tuple[int, bool, str, int]:
+        is_other = summary["difference"] is not None
+        setting, images = summary["setting"], summary["images"]
+        return methods.index(summary["method"]), is_other, setting, images
+
+    ordered = sorted(summaries, key=place)
     if part != OPTIONS.name:
         yield part[0].upper() + part[1:], ordered
         return
@@ -651,10 +654,16 @@ def _figure(summaries: Sequence[Record]) -> Figure:
 
     drawn = [s for s in summaries if s["difference"] is not None]
     attacks = [a for a in ATTACKS if chosen(drawn, method=a)]
-    names = list(dict.fromkeys((s["part"], s["setting"]) for s in drawn))
+    parts = distinct(drawn, "part")
+    names = sorted(
+        {(s["part"], s["setting"]) for s in drawn},
+        key=lambda name: (parts.index(name[0]), name[1]),
+    )
     height = 1.2 + 0.34 * len(names)
     figure = Figure(figsize=(9.6, height), facecolor="white", layout="constrained")
-    grid = figure.subplots(1, max(1, len(attacks)), squeeze=False, sharey=True)[0]
+    grid = figure.subplots(
+        1, max(1, len(attacks)), squeeze=False, sharex=True, sharey=True
+    )[0]
     sizes = sorted({s["images"] for s in drawn})
     for axes, attack in zip(grid, attacks, strict=False):
         for shift, (size, colour) in enumerate(zip(sizes, PALETTE, strict=False)):
@@ -664,7 +673,8 @@ def _figure(summaries: Sequence[Record]) -> Figure:
                 row = names.index((summary["part"], summary["setting"]))
                 place = row + 0.2 * (shift - (len(sizes) - 1) / 2)
                 axes.plot([found["low"], found["high"]], [place] * 2, color=colour)
-                label = f"{size} images" if at == 0 else None
+                plural = "image" if size == 1 else "images"
+                label = f"{size} {plural}" if at == 0 else None
                 axes.plot(found["value"], place, "o", ms=4, color=colour, label=label)
         axes.axvline(0, color="#666666", lw=0.8)
         axes.set(title=attack, xlabel="difference in PSNR (dB)")
