@@ -19,6 +19,7 @@ from gradinv_helpers.bench import (
     SUITES,
     batch,
     defences,
+    diffusion,
     fedavg,
     learning_rate,
     networks,
@@ -33,6 +34,8 @@ from gradinv_helpers.bench import (
     wall,
 )
 from gradinv_helpers.bench import labels as label_suite
+from gradinv_helpers.bench.results import main as rewrite
+from gradinv_helpers.bench.results import read_result
 from gradinv_helpers.bench.runner import BenchOptions, run_bench
 from gradinv_helpers.bench.suite import Report, Setting, Suite, Task
 from gradinv_helpers.data import Images, load_images
@@ -66,6 +69,7 @@ SCHEMA = {
         "notes": {"type": "object", "required": ["images_sha256"]},
         "complete": {"const": True},
         "summary": {"type": "object", "minProperties": 1},
+        "shared": {"type": "array", "minItems": 1},
         "records": {
             "type": "array",
             "minItems": 1,
@@ -112,8 +116,8 @@ def test_quick_suite(name: str, tmp_path: Path, monkeypatch, capsys) -> None:
     assert made == {f"{name}_digits_quick{end}" for end in (".json", ".md", ".png")}
     assert all(file in out for file in made)
     text = (tmp_path / f"{name}_digits_quick.json").read_text()
-    result = json.loads(text)
-    jsonschema.validate(result, SCHEMA)
+    jsonschema.validate(json.loads(text), SCHEMA)
+    result = read_result(tmp_path / f"{name}_digits_quick.json")
     assert str(tmp_path) not in text
     keys = [record["key"] for record in result["records"]]
     assert len(set(keys)) == len(keys)
@@ -277,6 +281,27 @@ def check_priors(result: dict) -> None:
     assert result["notes"]["models"]["convnet, trained"]["victims_unseen"]
 
 
+def check_diffusion(result: dict) -> None:
+    summaries = result["summary"]["cases"]
+    for part in diffusion.QUICK_PARTS:
+        ours = [s for s in summaries if s["part"] == part.name]
+        expected = [(c.method, c.setting) for c in part.all]
+        assert [(s["method"], s["setting"]) for s in ours] == expected
+        guesses = [s["psnr"]["value"] for s in ours if s["method"] == "class mean"]
+        for summary in ours:
+            assert summary["floor"] >= max(guesses) - 1e-3
+            gain = summary["psnr"]["value"] - summary["floor"]
+            assert summary["gain"]["value"] == pytest.approx(gain, abs=1e-3)
+    for record in result["records"]:
+        right = 0 if record["labels"] == diffusion.WRONG else record["images"]
+        assert record["labels_right"] == right
+        assert len(record["psnr"]) == len(record["mse"]) == record["images"]
+        assert ("misfit" in record) == (
+            record["method"] not in (*diffusion.GUESSES, diffusion.MISLED)
+        )
+    assert result["notes"]["models"]["convnet, trained"]["victims_unseen"]
+
+
 def check_privacy(result: dict) -> None:
     summary = result["summary"]
     assert set(summary) == {"price", "leak", "bound"}
@@ -354,6 +379,7 @@ CHECKS: dict[str, Callable[[dict], None]] = {
     "fedavg": check_fedavg,
     "learning-rate": check_learning_rate,
     "priors": check_priors,
+    "diffusion": check_diffusion,
     "privacy": check_privacy,
     "defences": check_defences,
     "secagg": check_secagg,
@@ -467,6 +493,18 @@ def test_interrupted_run_goes_on(tmp_path: Path, counted, capsys) -> None:
 
     assert cli.run(arguments) == 0  # a finished run is measured afresh
     assert counted == ["a", "b", "c", "d"] * 2
+
+
+def test_rewritten_unfinished_run_goes_on(tmp_path: Path, counted) -> None:
+    counted.append("stop")
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(options(tmp_path))
+    partial = tmp_path / "single_digits.partial.json"
+    rewrite([str(partial)])
+    run_bench(options(tmp_path))
+    assert counted == ["a", "b", "c", "d"]
+    result = read_result(tmp_path / "single_digits.json")
+    assert [record["key"] for record in result["records"]] == list("abcd")
 
 
 def test_unfinished_run_of_another_kind_is_kept(tmp_path: Path, counted) -> None:

@@ -17,6 +17,7 @@ SUITES: tuple[str, ...] = (
     "fedavg",
     "learning-rate",
     "priors",
+    "diffusion",
     "heterogeneity",
     "privacy",
     "secagg",

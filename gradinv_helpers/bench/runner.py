@@ -6,7 +6,6 @@ Taught in: notebooks/03_stronger_matching.
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from gradinv_helpers.bench import SUITES
+from gradinv_helpers.bench.results import read_result, write_result
 from gradinv_helpers.bench.suite import Record, Setting, Suite, Task, rounded
 from gradinv_helpers.compute import resolve_device
 from gradinv_helpers.data import DATASETS
@@ -147,7 +147,7 @@ def run_bench(
         records = _measured(tasks, partial, head, on_stage, on_task)
     report = suite.report(records, setting)
     files = (
-        write_json(
+        write_result(
             folder / f"{options.name}.json",
             {
                 **head,
@@ -205,13 +205,10 @@ def _read(partial: Path) -> dict[str, Any]:
     if not partial.is_file():
         return {}
     try:
-        found = json.loads(partial.read_text("utf-8"))
-        if isinstance(found, dict) and isinstance(found["records"], list):
-            return found
-    except (OSError, ValueError, KeyError):
-        pass
-    hint = "delete the file"
-    raise InputError("output_dir", "a readable unfinished run", str(partial), hint)
+        return read_result(partial)
+    except InputError as error:
+        expected, hint = "a readable unfinished run", "delete the file"
+        raise InputError("output_dir", expected, str(partial), hint) from error
 
 
 def _measured(

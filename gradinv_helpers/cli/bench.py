@@ -64,7 +64,9 @@ def bench_command(
     labels an update gives away. table1: the design of Table 1 of Inverting Gradients.
     networks: batches behind ConvNet and ResNet-18. batch: aggregates behind LeNet.
     wall: what a gradient determines. fedavg: weight changes of several local steps.
+    learning-rate: rates that the server does not know.
     priors: VAE and diffusion beside Gaussian priors (--dataset digits).
+    diffusion: the options of diffusion-dlg, one at a time (--dataset digits).
     heterogeneity, privacy, defences (--dataset digits), secagg: federations, and what
     protects them.
     Writes a table, a plot and a JSON file with every measurement and the facts of the

@@ -21,6 +21,7 @@ import copy
 import json
 import math
 import re
+import textwrap
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -584,7 +585,7 @@ def _find(source: str | Path) -> Path:
             return Path(diffusers.DDPMPipeline.download(str(source)))
     except (OSError, ValueError, RuntimeError) as error:
         got = f"{str(source)!r}, which is no folder and could not be downloaded"
-        reason = (str(error).splitlines() or [""])[0][:100]
+        reason = _first_line(error)
         hint = f"check name and network, or download it elsewhere ({reason}); {known}"
         raise InputError("prior", expected, got, hint) from error
 
@@ -610,7 +611,7 @@ def _read(folder: Path, source: str | Path) -> tuple[nn.Module, Any]:
                 parts[0], low_cpu_mem_usage=False, torch_dtype=torch.float32
             )
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        reason = _first_line(error)
         hint = "unet/ needs config.json and weights, scheduler/ its configuration"
         got = f"{str(source)!r} ({reason})"
         raise InputError("prior", expected, got, hint) from error
@@ -618,6 +619,12 @@ def _read(folder: Path, source: str | Path) -> tuple[nn.Module, Any]:
 
 
 _PARTS = ("unet", "scheduler")
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says first, not too long."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return textwrap.shorten((lines or [type(error).__name__])[0], 100, placeholder=" …")
 
 
 def _read_about(folder: Path) -> dict[str, Any]:
@@ -653,7 +660,8 @@ def _quiet() -> Iterator[None]:
     """Keep diffusers from writing bars and advice to the terminal."""
     logging = _diffusers().utils.logging
     before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    # What it calls an error may be a detour; a true one is raised as well.
+    logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     try:
         yield
