@@ -31,8 +31,8 @@ from torch import Tensor
 
 from gradinv_helpers.attacks.gradients import ChainProducts, Gradients, is_plain_chain
 from gradinv_helpers.attacks.last_layer import last_layer_input
-from gradinv_helpers.attacks.likelihood import Gaussian
 from gradinv_helpers.attacks.levenberg_marquardt import AT_MINIMUM
+from gradinv_helpers.attacks.likelihood import Gaussian
 from gradinv_helpers.attacks.optimise import NO_LOWER_POINT, Inspector, TrialState
 from gradinv_helpers.attacks.plan import has_kinks
 from gradinv_helpers.attacks.posterior import Posterior
@@ -222,7 +222,7 @@ class ConjugateGradients:
 
     Attributes:
         step: The solution so far, from zero.
-        fall: :math:`b \cdot s`, by which :math:`s \cdot A s - 2 b \cdot s` has fallen.
+        fall: By how much :math:`s \cdot A s - 2 b \cdot s` has fallen.
         products: Products so far.
         solved: Whether the residual is down to rounding.
 
@@ -254,7 +254,7 @@ class ConjugateGradients:
             self.direction = self.residual + square / self.square * self.direction
             self.square = square
             self.solved = square <= _SOLVED**2 * self.first
-        self.fall = float(self.right @ self.step)
+        self.fall = float((self.right + self.residual) @ self.step)
 
 
 class GaussNewton:
@@ -334,7 +334,10 @@ class GaussNewton:
             state.evaluations += system.products - known
             ahead = system.fall + damping * float(system.step.square().sum())
             if ahead - promised <= _NOTHING * state.loss:
-                return AT_MINIMUM if system.solved or not promised else ""
+                if promised:
+                    break
+                state.point = start + system.step  # below what energies can tell
+                return AT_MINIMUM
             point = start + system.step
             energy, slope = self._energy(point)
             ratio = (state.loss - energy) / (ahead - promised)

@@ -63,8 +63,9 @@ _FIRST, _SCOUTING, _LAST = 1e-2, 1e-3, 1e-5
 _FIRST_OF_REPLAY = 1e-1  # without the order of the images, more is off at first
 _STEP = 10**0.5
 _IN_DOUBLE = 5e-5  # below this level, rounding of float32 is in the way
+_NEWTON_PATIENCE = 6  # conjugate gradients that begin anew gain little at first
 _NEWTON = 1e-3  # from this level on, the update is nearly linear in the images
-_LAST_SHARE = 4  # iterations of the last level to one of those above
+_LAST_SHARE = 16  # iterations of the last level to one of those above
 _FLAT, _FLAT_AT_LAST, _PATIENCE = 1e-3, 2e-4, 2
 _NOISE_SHARE = 0.3  # of the noise, where annealing ends
 _STEP_SHARE = 0.03  # of the smallest step of quantised entries, likewise
@@ -173,9 +174,10 @@ def map_estimate(
             goes on from its last level after an interruption, with more iterations
             if wanted; it is removed at the end.
         solver: ``lbfgs``, or ``gauss-newton`` with conjugate gradients from a level of
-            1e-3 on, where the energy is a smooth sum of squares. ``auto`` takes it
-            where its products cost no more than an evaluation, for one gradient of a
-            plain chain of layers.
+            1e-3 on, where the energy is a smooth sum of squares; other energies keep
+            their own search. ``auto`` takes it where the features of every image are
+            known and its products cost no more than an evaluation, for one gradient
+            of a plain chain of layers.
 
     Returns:
         The images with the annealing's stages. After Ctrl-C, the best so far.
@@ -292,7 +294,8 @@ class _Annealing:
         )
         self.levels = _levels(posterior, last_level)
         self.by_newton = solver != "lbfgs" and is_sum_of_squares(posterior)
-        self.by_newton &= solver == "gauss-newton" or has_sweeps(posterior)
+        pinned = posterior.features is not None and has_sweeps(posterior)
+        self.by_newton &= solver == "gauss-newton" or pinned
         self.stages: list[Stage] = []
         self.losses: list[float] = []
         self.trials: list[TrialReport] = []
@@ -545,10 +548,12 @@ class _Annealing:
         """Iterations that this level may take of those left."""
         left = max(0, self.iterations - self.spent)
         shares = sum(other <= level for other in self.levels)
-        if self.by_newton:  # long runs at the last level gain most
-            last = level == self.levels[-1]
-            shares = 1 if last else shares - 1 + _LAST_SHARE
+        if self._takes_newton(level) and shares > 1:  # long runs gain most
+            shares += _LAST_SHARE - 1
         return max(1, left // shares)
+
+    def _takes_newton(self, level: float) -> bool:
+        return self.by_newton and level < 1.01 * _NEWTON
 
     def _repeated(self) -> list[Tensor]:
         """Places of the images of every class that has several."""
@@ -589,12 +594,19 @@ class _Annealing:
         """Minimise the energy of all points (T, size) at one level."""
         energy = functools.partial(self.posterior.energy, level=level)
         solve = functools.partial(_lbfgs, energy, points)
-        if self.by_newton and len(points) == 1 and level < 1.01 * _NEWTON:
+        if len(points) == 1 and self._takes_newton(level):
             solve = functools.partial(_newton, self.posterior, points[0], level)
+            return self._minimise(solve, flat, iterations, patience=_NEWTON_PATIENCE)
         return self._minimise(solve, flat, iterations)
 
     def _minimise(
-        self, solve: Solve, flat: float, iterations: int, *, quiet: bool = False
+        self,
+        solve: Solve,
+        flat: float,
+        iterations: int,
+        *,
+        patience: int = _PATIENCE,
+        quiet: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Where a solver ends, points (T, size), and the energies there."""
         spent = self.spent
@@ -608,8 +620,8 @@ class _Annealing:
             if len(state.trace) > iterations:
                 self.stopped = "all iterations used"
                 return "all iterations used"
-            if len(state.trace) > _PATIENCE:
-                gained = state.trace[-1 - _PATIENCE] - state.trace[-1]
+            if len(state.trace) > patience:
+                gained = state.trace[-1 - patience] - state.trace[-1]
                 return "flat" if gained < flat * state.trace[-1] else ""
             return ""
 
