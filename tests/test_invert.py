@@ -493,7 +493,10 @@ def test_auto_says_what_it_picked_and_why() -> None:
     assert one.certificate is not None and one.certificate.exact
     two = invert(update_of(digits(1, 2)), **settings)
     assert two.attack == "gaussian-map"
-    assert two.reason == "2 images under the prior 'spectrum', annealed L-BFGS"
+    assert (
+        two.reason
+        == "2 images under the prior 'spectrum', annealed L-BFGS and Gauss-Newton"
+    )
     settled = invert(update_of(digits(1, 2)), tv_weight=0.0, **settings)
     assert (settled.attack, settled.reason) == ("dlg", "a smooth network")
     kinked = invert(update_of(photos(1), "convnet"), **settings)

@@ -970,6 +970,85 @@ class _ChainMap:
         return mu.unflatten(0, (trials, batch)), to_targets
 
 
+class ChainProducts:
+    r"""Products with the Jacobian of a chain's gradients, both ways, by sweeps.
+
+    Beside the gradients stands the input of the last layer (T, B, d), which moves with
+    the images as well.
+
+    Args:
+        model: A plain chain, as ``is_plain_chain`` says.
+        images: Where the gradients are linearised, (T, B, C, H, W).
+        targets: Class probabilities (T, B, K).
+
+    Raises:
+        InputError: The model is something else.
+
+    Source: Pearlmutter (1994). Taught in: notebooks/04_aggregated_gradients.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, targets: Tensor):
+        layers = _chain_layers(model)
+        if layers is None:
+            raise InputError("model", "a plain chain of layers", type(model).__name__)
+        self.chain, self.batch = _ChainMap(layers), images.shape[1]
+        self.trace = self.chain._forward(images)
+        self.chain._backward(self.trace, targets)
+
+    @torch.no_grad()
+    def along(self, movements: Tensor) -> tuple[Gradients, Tensor]:
+        """How gradients and last inputs move with the images (T, B, C, H, W)."""
+        trace, trials = self.trace, self.trace.trials
+        a_dot, moved = movements.flatten(0, 1), []
+        for layer, extra in zip(trace.layers, trace.extras, strict=True):
+            moved.append(a_dot)
+            match layer:
+                case _Activation():
+                    a_dot = a_dot * extra[0]
+                case _MaxPool():
+                    a_dot = a_dot.flatten(2).gather(2, extra.flatten(2))
+                    a_dot = a_dot.unflatten(2, extra.shape[2:])
+                case _Flatten():
+                    a_dot = a_dot.flatten(1)
+                case _:
+                    a_dot = layer.tangent(a_dot)
+        centred = a_dot - (trace.p * a_dot).sum(-1, keepdim=True)
+        e_dot = trace.p * centred / self.batch
+        gradients: Gradients = []
+        for index in reversed(range(len(trace.layers))):
+            layer, a, extra = (
+                x[index] for x in (trace.layers, trace.inputs, trace.extras)
+            )
+            e = trace.arriving[index]
+            if e is None:  # below the first weights
+                break
+            if isinstance(layer, _Weighted):
+                if layer.layer.bias is not None:
+                    gradients.append(_bias_gradient(e_dot, trials))
+                of_errors = layer.weight_gradient(a, e_dot, trials)
+                of_inputs = layer.weight_gradient(moved[index], e, trials)
+                gradients.append(of_errors + of_inputs)
+            e_dot = _step_back(layer, e_dot, a, extra)
+            if isinstance(layer, _Activation) and extra[1] is not None:
+                e_dot = e_dot.addcmul_(extra[1] * moved[index], e)
+        gradients.reverse()
+        return gradients, moved[-1].unflatten(0, (trials, self.batch))
+
+    def back(self, cotangents: Gradients) -> Tensor:
+        """What gradients pull back to the images (T, B, C, H, W)."""
+        return self.chain._pullback(self.trace, cotangents)[0]
+
+    @torch.no_grad()
+    def back_from_last(self, cotangents: Tensor) -> Tensor:
+        """What inputs of the last layer (T, B, d) pull back to the images."""
+        trace, mu = self.trace, cotangents.flatten(0, 1)
+        for index in reversed(range(len(trace.layers) - 1)):
+            mu = _step_back(
+                trace.layers[index], mu, trace.inputs[index], trace.extras[index]
+            )
+        return mu.unflatten(0, (trace.trials, self.batch))
+
+
 def _steps(layer: _Layer, a: Tensor) -> list[_Layer]:
     """A layer as it is run on input a: convolutions may be taken column by column."""
     if not isinstance(layer, _Conv) or a.device.type != "cpu":

@@ -34,6 +34,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from gradinv_helpers.attacks.gauss_newton import (
+    SOLVERS,
+    GaussNewton,
+    has_sweeps,
+    is_sum_of_squares,
+)
 from gradinv_helpers.attacks.joint_separation import separate_jointly
 from gradinv_helpers.attacks.label_search import choose_labels
 from gradinv_helpers.attacks.learning_rate import with_learning_rate
@@ -46,7 +52,7 @@ from gradinv_helpers.attacks.replay import Order, local_batches
 from gradinv_helpers.attacks.saved_stages import SavedStages, fingerprint
 from gradinv_helpers.attacks.separation import Separation, separate_batch
 from gradinv_helpers.compute import cpu_threads
-from gradinv_helpers.errors import InputError, check_count, check_seed
+from gradinv_helpers.errors import InputError, check_choice, check_count, check_seed
 from gradinv_helpers.priors.gaussian import ImagePrior
 from gradinv_helpers.priors.library import load_prior
 from gradinv_helpers.updates import SharedUpdate
@@ -57,6 +63,9 @@ _FIRST, _SCOUTING, _LAST = 1e-2, 1e-3, 1e-5
 _FIRST_OF_REPLAY = 1e-1  # without the order of the images, more is off at first
 _STEP = 10**0.5
 _IN_DOUBLE = 5e-5  # below this level, rounding of float32 is in the way
+_NEWTON_PATIENCE = 6  # conjugate gradients that begin anew gain little at first
+_NEWTON = 1e-3  # from this level on, the update is nearly linear in the images
+_LAST_SHARE = 16  # iterations of the last level to one of those above
 _FLAT, _FLAT_AT_LAST, _PATIENCE = 1e-3, 2e-4, 2
 _NOISE_SHARE = 0.3  # of the noise, where annealing ends
 _STEP_SHARE = 0.03  # of the smallest step of quantised entries, likewise
@@ -78,6 +87,9 @@ _ADAM_STEP = 0.3
 
 
 Energy = Callable[[Tensor], tuple[Tensor, Tensor]]  # (T, size) -> (T,), (T, size)
+# Asked with whether there is one trial, its number and its state: why to stop, or "".
+Inspect = Callable[[bool, int, TrialState], str]
+Solve = Callable[[Inspect], list[TrialState]]
 
 
 @dataclass(frozen=True)
@@ -138,6 +150,7 @@ def map_estimate(
     last_level: float = _LAST,
     order: Order | None = None,
     checkpoint: str | Path | None = None,
+    solver: str = "auto",
 ) -> MapEstimate:
     r"""Find the most probable images behind an update of n samples.
 
@@ -160,6 +173,11 @@ def map_estimate(
         checkpoint: A ``.safetensors`` file that keeps the annealing. The same call
             goes on from its last level after an interruption, with more iterations
             if wanted; it is removed at the end.
+        solver: ``lbfgs``, or ``gauss-newton`` with conjugate gradients from a level of
+            1e-3 on, where the energy is a smooth sum of squares; other energies keep
+            their own search. ``auto`` takes it where the features of every image are
+            known and its products cost no more than an evaluation, for one gradient
+            of a plain chain of layers.
 
     Returns:
         The images with the annealing's stages. After Ctrl-C, the best so far.
@@ -172,6 +190,7 @@ def map_estimate(
     check_count("iterations", iterations)
     check_count("restarts", restarts)
     check_seed("seed", seed)
+    check_choice("solver", solver, SOLVERS)
     shape = update.image_shape
     known = load_prior(prior, shape) if isinstance(prior, str) else prior
     if tuple(known.image_shape) != tuple(shape):
@@ -200,6 +219,7 @@ def map_estimate(
         last_level,
         inferred=not source.startswith("given"),
         checkpoint=None if checkpoint is None else Path(checkpoint),
+        solver=solver,
     )
     estimate = search.run(source)
     images = estimate.reconstruction
@@ -252,6 +272,7 @@ class _Annealing:
         last_level: float,
         inferred: bool,
         checkpoint: Path | None,
+        solver: str = "auto",
     ):
         self.posterior, self.iterations, self.restarts = posterior, iterations, restarts
         self.seed, self.on_step, self.client = seed, on_step, client
@@ -268,6 +289,9 @@ class _Annealing:
             self.by_replay and posterior.order == "averaged" and several
         )
         self.levels = _levels(posterior, last_level)
+        self.by_newton = solver != "lbfgs" and is_sum_of_squares(posterior)
+        pinned = posterior.features is not None and has_sweeps(posterior)
+        self.by_newton &= solver == "gauss-newton" or pinned
         self.stages: list[Stage] = []
         self.losses: list[float] = []
         self.trials: list[TrialReport] = []
@@ -303,6 +327,7 @@ class _Annealing:
         places = [*(stage.iterations for stage in self.stages), self.spent]
         kept = dict(zip(places, snapshots, strict=True))
         why = "cosine, Adam" if self.by_cosine else "annealed L-BFGS"
+        why += " and Gauss-Newton" if self.by_newton else ""
         if update.encoding is not None:
             why += f", likelihood of {update.encoding.kind} messages"
         shares = None
@@ -357,9 +382,8 @@ class _Annealing:
         """
         for level in _FEATURE_LEVELS:
             energy = functools.partial(self.posterior.feature_energy, level=level)
-            point, _ = self._minimise(
-                energy, point, _FLAT, _FEATURE_ITERATIONS, quiet=True
-            )
+            solve = functools.partial(_lbfgs, energy, point)
+            point, _ = self._minimise(solve, _FLAT, _FEATURE_ITERATIONS, quiet=True)
         self.spent, self.losses = 0, []
         return point
 
@@ -519,7 +543,13 @@ class _Annealing:
     def _share(self, level: float) -> int:
         """Iterations that this level may take of those left."""
         left = max(0, self.iterations - self.spent)
-        return max(1, left // sum(other <= level for other in self.levels))
+        shares = sum(other <= level for other in self.levels)
+        if self._takes_newton(level) and shares > 1:  # long runs gain most
+            shares += _LAST_SHARE - 1
+        return max(1, left // shares)
+
+    def _takes_newton(self, level: float) -> bool:
+        return self.by_newton and level < 1.01 * _NEWTON
 
     def _repeated(self) -> list[Tensor]:
         """Places of the images of every class that has several."""
@@ -559,21 +589,25 @@ class _Annealing:
     ) -> tuple[Tensor, Tensor]:
         """Minimise the energy of all points (T, size) at one level."""
         energy = functools.partial(self.posterior.energy, level=level)
-        return self._minimise(energy, points, flat, iterations)
+        solve = functools.partial(_lbfgs, energy, points)
+        if len(points) == 1 and self._takes_newton(level):
+            solve = functools.partial(_newton, self.posterior, points[0], level)
+            return self._minimise(solve, flat, iterations, patience=_NEWTON_PATIENCE)
+        return self._minimise(solve, flat, iterations)
 
     def _minimise(
         self,
-        energy: Energy,
-        points: Tensor,
+        solve: Solve,
         flat: float,
         iterations: int,
         *,
+        patience: int = _PATIENCE,
         quiet: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """L-BFGS from points (T, size): where it ends, and the energies there."""
-        single, spent = len(points) == 1, self.spent
+        """Where a solver ends, points (T, size), and the energies there."""
+        spent = self.spent
 
-        def inspect(trial: int, state: TrialState) -> str:
+        def inspect(single: bool, trial: int, state: TrialState) -> str:
             if trial == 0:
                 self.spent = spent + len(state.trace) - 1
             if single:
@@ -582,20 +616,15 @@ class _Annealing:
             if len(state.trace) > iterations:
                 self.stopped = "all iterations used"
                 return "all iterations used"
-            if len(state.trace) > _PATIENCE:
-                gained = state.trace[-1 - _PATIENCE] - state.trace[-1]
+            if len(state.trace) > patience:
+                gained = state.trace[-1 - patience] - state.trace[-1]
                 return "flat" if gained < flat * state.trace[-1] else ""
             return ""
 
         self.stopped = ""
-        states = Minimiser(
-            lambda x, trials: energy(x),
-            points,
-            inspect=inspect,
-            replace=lambda trial, state: None,
-        ).run()
+        states = solve(inspect)
         self.evaluations += sum(state.evaluations for state in states)
-        found = torch.stack([state.point for state in states])
+        found = torch.stack([state.point for state in states]).to(self.posterior.like)
         losses = torch.tensor([state.loss for state in states], dtype=torch.float64)
         losses = losses.nan_to_num(nan=math.inf)
         if not bool(losses.isfinite().any()):
@@ -607,7 +636,7 @@ class _Annealing:
 
     def _fingerprint(self) -> str:
         posterior = self.posterior
-        facts = [self.seed, self.restarts, self.levels, self.inferred]
+        facts = [self.seed, self.restarts, self.levels, self.inferred, self.by_newton]
         facts += [posterior.order, posterior.labels.tolist(), posterior.noise]
         facts += [posterior.prior.name, posterior.update.training]
         if posterior.update.encoding is not None:
@@ -729,6 +758,24 @@ class _Annealing:
         misfit = math.sqrt(float(self.posterior.misfit(point[None])[0]))
         surprise = float(point.double().square().mean())
         self.stages.append(Stage(level, images, misfit, surprise, self.spent))
+
+
+def _lbfgs(energy: Energy, points: Tensor, inspect: Inspect) -> list[TrialState]:
+    """L-BFGS from points (T, size)."""
+    return Minimiser(
+        lambda x, trials: energy(x),
+        points,
+        inspect=functools.partial(inspect, len(points) == 1),
+        replace=lambda trial, state: None,
+    ).run()
+
+
+def _newton(
+    posterior: Posterior, point: Tensor, level: float, inspect: Inspect
+) -> list[TrialState]:
+    """Gauss-Newton from a point (size,)."""
+    told = functools.partial(inspect, True)
+    return [GaussNewton(posterior, point, level, inspect=told).run()]
 
 
 def _in_sequence(update: SharedUpdate) -> Order:

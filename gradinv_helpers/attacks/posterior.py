@@ -239,6 +239,13 @@ class Posterior:
         return (sum(self.norms[: self.num_gradients]) / count) ** 0.5
 
     @property
+    def feature_scale(self) -> float:
+        """What squared errors of all features are divided by: their variance."""
+        assert self.features is not None
+        known = self.features.to(self.like)
+        return float(known.numel() * known.var())
+
+    @property
     def work(self) -> int:
         """Multiplications of one forward pass, at least roughly."""
         return forward_work(self.model, self.update.image_shape) * self.num_samples
@@ -371,8 +378,7 @@ class Posterior:
     def _feature_gap(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Relative squared error (A,) of the last layer's inputs, and its slope."""
         assert self.features is not None
-        known = self.features.to(self.like)
-        scale = known.numel() * known.var()
+        known, scale = self.features.to(self.like), self.feature_scale
         with torch.enable_grad():
             free = images.detach().requires_grad_()
             if self.reader.training:  # statistics are those of one trial's images
