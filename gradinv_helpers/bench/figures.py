@@ -90,6 +90,7 @@ def panels(
                 axes.set_ylabel(ylabels[0 if shared else i])
             if i >= len(charts) - columns:
                 axes.set_xlabel(xlabel)
+                axes.tick_params(labelbottom=True)
         found = {
             label: handle
             for axes in grid[: len(charts)]

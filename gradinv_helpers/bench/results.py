@@ -135,7 +135,10 @@ def _is_table(value: Any) -> bool:
 def main(paths: Sequence[str]) -> None:
     """Rewrite files where they lie."""
     for path in paths:
-        write_result(path, read_result(path))
+        try:
+            write_result(path, read_result(path))
+        except InputError as error:
+            raise SystemExit(f"{error}") from None
 
 
 if __name__ == "__main__":
