@@ -1016,10 +1016,8 @@ class ChainProducts:
         e_dot = trace.p * centred / self.batch
         gradients: Gradients = []
         for index in reversed(range(len(trace.layers))):
-            layer, a, extra = (
-                x[index] for x in (trace.layers, trace.inputs, trace.extras)
-            )
-            e = trace.arriving[index]
+            layer, a = trace.layers[index], trace.inputs[index]
+            extra, e = trace.extras[index], trace.arriving[index]
             if e is None:  # below the first weights
                 break
             if isinstance(layer, _Weighted):

@@ -27,6 +27,11 @@ _STYLE: Any = {
 _DASHES = ("-", "--", ":")
 
 
+def _fitting(names: Sequence[str], width: float) -> int:
+    """How many entries of a legend stand side by side in a width in inches."""
+    return max(1, int(width / (0.075 * max(map(len, names)) + 0.6)))
+
+
 def panels(
     charts: Mapping[str, Lines],
     *,
@@ -100,6 +105,6 @@ def panels(
             [found[name] for name in names],
             names,
             loc="outside upper center",
-            ncols=min(len(names), 2 * columns),
+            ncols=min(len(names), 2 * columns, _fitting(names, size[0])),
         )
     return figure
