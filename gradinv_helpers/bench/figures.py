@@ -39,6 +39,7 @@ def panels(
     ylabels: Sequence[str],
     columns: int,
     logarithmic: str = "x",
+    base: int = 2,
     floor: str = "",
 ) -> Figure:
     """Draw charts side by side; lines of one name look the same in all of them.
@@ -48,7 +49,8 @@ def panels(
         xlabel: What is on the horizontal axis of all charts.
         ylabels: What is on the vertical axis: one text per chart, or one for all.
         columns: Charts in one row.
-        logarithmic: ``x``, or ``xy`` for both axes; powers of two either way.
+        logarithmic: ``x``, or ``xy`` for both axes.
+        base: Whose powers are marked on a logarithmic axis.
         floor: Name of the line that shows what a guess reaches.
 
     Returns:
@@ -83,10 +85,10 @@ def panels(
         for i, (axes, (title, lines)) in enumerate(
             zip(grid, charts.items(), strict=False)
         ):
-            axes.set_xscale("log", base=2)
+            axes.set_xscale("log", base=base)
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
             if "y" in logarithmic:
-                axes.set_yscale("log", base=2)
+                axes.set_yscale("log", base=base)
                 axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             for name, (x, y) in lines.items():
                 axes.plot(x, y, label=name, **looks[name])

@@ -359,7 +359,11 @@ def _figure(cases: Sequence[Record]) -> Figure:
             )
         charts[network] = lines
     return panels(
-        charts, xlabel="learning rate", ylabels=["median error (%)"], columns=3
+        charts,
+        xlabel="learning rate",
+        ylabels=["median error (%)"],
+        columns=3,
+        base=10,
     )
 
 
