@@ -51,8 +51,8 @@ class FreeRate:
     def moves(self, posterior: Posterior, computed: Gradients) -> Tensor:
         """Where the logarithm of the rate fits best (A,), from the rate of J."""
         precision = 2 / _WIDTH**2
-        slope = precision * math.log(self.rate / self.first)
-        curvature = precision
+        curvature, far = precision, math.log(self.rate / self.first)
+        slope = computed[0].new_full((len(computed[0]),), precision * far).double()
         variances = posterior.variances(self.level)
         rows = zip(computed, posterior.targets, self.directions, variances, strict=True)
         for change, target, direction, variance in rows:
@@ -111,10 +111,8 @@ def with_fitted_rate(posterior: Posterior, point: Tensor) -> Posterior:
 
 def _directions(posterior: Posterior, point: Tensor) -> Gradients:
     if not posterior.as_sent:  # the change is rate times gradient
-        weights, decay = (
-            dict(posterior.model.named_parameters()),
-            posterior.training.weight_decay,
-        )
+        weights = dict(posterior.model.named_parameters())
+        decay = posterior.training.weight_decay
         rows = zip(_computed(posterior, point), posterior.update.tensors, strict=True)
         return [g + decay * weights[name].detach() for g, name in rows]
     rate = posterior.training.rate
