@@ -41,6 +41,8 @@ class FreeRate:
         directions: J, the slope of every tensor (1, ...) of the computed change by
             the logarithm of the rate.
         level: Tempering, as a share of every layer's norm.
+
+    Taught in: notebooks/04_aggregated_gradients.
     """
 
     first: float
@@ -75,7 +77,10 @@ class FreeRate:
 
 
 def can_free_rate(posterior: Posterior) -> bool:
-    """Whether the energy is a sum of squares of the change, as a projection needs."""
+    """Whether the energy is a sum of squares of the change, as a projection needs.
+
+    Taught in: notebooks/04_aggregated_gradients.
+    """
     gaussian = all(isinstance(law, Gaussian) for law in posterior.likelihoods)
     update = posterior.update
     length = update.kind == "delta" and not update.normalized
@@ -92,6 +97,8 @@ def with_free_rate(
         point: Latents (1, size) at which J is taken.
         level: Tempering, as a share of every layer's norm.
         first: The rate that is expected before images are fitted.
+
+    Taught in: notebooks/04_aggregated_gradients.
     """
     other = copy.copy(posterior)
     rate = posterior.training.rate
@@ -100,7 +107,10 @@ def with_free_rate(
 
 
 def with_fitted_rate(posterior: Posterior, point: Tensor) -> Posterior:
-    """The posterior at the rate that fits latents (1, size) best, no longer free."""
+    """The posterior at the rate that fits latents (1, size) best, no longer free.
+
+    Taught in: notebooks/04_aggregated_gradients.
+    """
     free = posterior.free_rate
     assert free is not None
     move = float(free.moves(posterior, _computed(posterior, point)))

@@ -161,6 +161,8 @@ def first_learning_rate(
     Returns:
         The estimate, for which images were fitted only to decide between several
         explanations, and whether it is exact.
+
+    Taught in: notebooks/04_aggregated_gradients.
     """
     return _inferred(update, prior, labels, order, _LEVELS[:1], seed)
 
