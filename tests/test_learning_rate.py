@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gradinv_helpers as gi
+from gradinv_helpers.attacks.free_rate import with_fitted_rate, with_free_rate
 from gradinv_helpers.attacks.posterior import Posterior
 from gradinv_helpers.data import Images
 from gradinv_helpers.errors import InputError
@@ -201,6 +203,107 @@ def test_posterior_with_another_rate(recipe: dict) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+# --- a rate that is fitted along --------------------------------------------------
+
+
+def drawn(rate: float, **recipe) -> tuple[Posterior, torch.Tensor]:
+    """A posterior at some rate, and latents behind an update of rate 0.2."""
+    prior = gi.spectrum_prior((1, 8, 8)).to(torch.zeros(1))
+    labels = torch.tensor([1, 3])
+    point = 0.2 * torch.randn(1, 2 * prior.size, generator=torch.manual_seed(0))
+    truth = images(2, labels=[1, 3])
+    truth = dataclasses.replace(truth, pixels=prior.decode(point.view(1, 2, -1))[0])
+    update = sent(truth, **recipe)
+    known = dataclasses.replace(update.training, lr=rate)
+    update = update.replace_tensors(update.tensors, training=known)
+    return Posterior(update, prior, labels, order="sequential"), point
+
+
+RECIPES = [
+    {},
+    {"weight_decay": 0.3},
+    {"epochs": 3},
+    {"epochs": 2, "optimiser": "momentum", "weight_decay": 0.1},
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_rate_that_fits_the_right_images_is_the_right_one(recipe: dict) -> None:
+    posterior, point = drawn(0.19, **recipe)
+    for _ in range(3):
+        free = with_free_rate(posterior, point, 1e-3, first=0.19)
+        posterior = with_fitted_rate(free, point)
+    assert posterior.free_rate is None
+    assert posterior.training.rate == pytest.approx(0.2, rel=1e-4)
+    assert float(posterior.misfit(point)[0].sqrt()) < 1e-4
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_energy_is_the_lowest_of_all_rates(recipe: dict) -> None:
+    """At the latents of J: against energies at many rates, computed one by one."""
+    posterior, point = drawn(0.2, **recipe)
+    level, first, reach = 0.05, 0.18, 0.02
+    other = point + 0.05 * torch.ones_like(point)
+    found = with_free_rate(posterior, other, level, first).energy(other, level)[0]
+    energies = []
+    for move in torch.linspace(-0.3, 0.3, 121).tolist():
+        rate = 0.2 * math.exp(move)
+        there = posterior.with_rate(rate)
+        ratio = 1.0 if posterior.as_sent else rate / 0.2  # of the units of its energy
+        change = there.map(there.images(other), there.classes[None])[0]
+        energy = float(other.square().sum()) + 4 * math.log(rate / first) ** 2
+        for tensor, target, norm in zip(
+            change, there.targets, posterior.norms, strict=True
+        ):
+            gap = float(((tensor - target) * ratio).square().sum())
+            energy += gap / (level**2 * norm)
+        energies.append(energy)
+    assert float(found[0]) == pytest.approx(min(energies), rel=reach)
+
+
+def test_slope_is_that_of_the_projected_energy() -> None:
+    posterior, point = drawn(0.22, epochs=2)
+    free = with_free_rate(posterior.double(), point.double(), 0.05, first=0.2)
+    generator = torch.Generator().manual_seed(1)
+    start = torch.randn(point.shape, generator=generator).double()
+    way = torch.randn(point.shape, generator=generator).double()
+    _, slope = free.energy(start, 0.05)
+    ends = [float(free.energy(start + h * way, 0.05)[0][0]) for h in (1e-5, -1e-5)]
+    expected = (ends[0] - ends[1]) / 2e-5
+    assert float((slope * way).sum()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_annealing_ends_at_the_true_rate() -> None:
+    """It sets out from a rate that is off by more."""
+    model = network()
+    with torch.no_grad():
+        model[3].weight.mul_(6)
+    update = sent(images(labels=[2]), model, lr=0.2, epochs=5)
+    found = gi.map_estimate(
+        update, labels=torch.tensor([2]), iterations=12, last_level=1e-3
+    )
+    first = gi.infer_learning_rate(update, labels=[2], refine=False)
+    assert abs(first.lr / 0.2 - 1) > 0.02
+    assert found.learning_rate == pytest.approx(0.2, rel=1e-3)
+    assert f"learning rate {found.learning_rate:.4g}" in found.reconstruction.reason
+
+
+def test_an_interrupted_annealing_goes_on_with_its_rate(tmp_path: Path) -> None:
+    update = sent(images(labels=[2]), epochs=2)
+    options = {"labels": torch.tensor([2]), "iterations": 12, "last_level": 1e-2}
+    whole = gi.map_estimate(update, **options)
+    file = tmp_path / "annealing.safetensors"
+
+    def stop(step: gi.Step) -> None:
+        if file.exists():
+            raise KeyboardInterrupt
+
+    cut = gi.map_estimate(update, **options, checkpoint=file, on_step=stop)
+    assert cut.reconstruction.stopped == "interrupted"
+    again = gi.map_estimate(update, **options, checkpoint=file)
+    assert again.learning_rate == pytest.approx(whole.learning_rate, rel=1e-4)
+
+
 # --- attacks go on with it --------------------------------------------------------
 
 
@@ -220,6 +323,8 @@ def test_map_estimate_with_and_without_the_rate() -> None:
     blind, sighted = (gi.map_estimate(u, **options) for u in (update, told))
     assert "inferred" in blind.reconstruction.reason
     assert "inferred" not in sighted.reconstruction.reason
+    assert blind.learning_rate == pytest.approx(0.2, rel=5e-3)
+    assert sighted.learning_rate is None
     gap = blind.reconstruction.images - sighted.reconstruction.images
     assert float(gap.square().mean().sqrt()) < 0.02
 

@@ -15,9 +15,9 @@ steps predictions move; the last layer alone is then replayed on h, at every rat
 fine grid, and the rate whose change fits is taken.
 
 That leaves out that features move as well, and that samples differ. The rate is
-therefore one more unknown of the posterior: images and the logarithm of the rate are
-fitted together while the annealing falls. Together matters: for a wrong rate there are
-images that make up for much of it, so fitting them in turn stands still.
+therefore one more unknown of the posterior: whatever images are tried, the rate is the
+one that fits them best, while the annealing falls. For a wrong rate there are images
+that make up for much of it, so fitting them in turn stands still.
 
 Taught in: notebooks/04_aggregated_gradients.
 """
@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gradinv_helpers.attacks.free_rate import with_fitted_rate, with_free_rate
 from gradinv_helpers.attacks.label_counts import (
     mean_feature,
     nearest_counts,
@@ -62,10 +63,8 @@ _ORDERS_FEW, _ORDERS_MANY, _FEW = 64, 8, 8  # orders that are tried; samples
 _MOST_COUNTS = 24  # label counts that are replayed
 _RIVALS, _WORSE, _SLACK = 3, 3.0, 0.01  # hypotheses that images decide on
 _SURE = 1e-3  # smaller misses of one step leave nothing to refine
-_LEVELS = (1e-1, 3e-2)
+_LEVELS = (1e-1, 3e-2, 1e-2, 3e-3)
 _ITERATIONS, _FLAT, _PATIENCE = 3, 1e-3, 2  # per level, of 20 updates each
-_WIDTH = 0.5  # standard deviation of the logarithm of the rate
-_STEP = 2e-3  # of its finite differences, in this unit
 _MOMENTUM = 0.9
 _GOLDEN, _NARROWINGS = (5**0.5 - 1) / 2, 40
 
@@ -94,6 +93,11 @@ class LearningRateEstimate:
     order: Order
     misfit: float
     source: str
+
+    @property
+    def note(self) -> str:
+        """What to add to the reason of an attack at this rate."""
+        return f"; learning rate {self.lr:.4g} inferred ({self.source})"
 
     def fill(self, update: SharedUpdate) -> SharedUpdate:
         """The update, its recipe completed by the rate found."""
@@ -140,6 +144,41 @@ def infer_learning_rate(
 
     Taught in: notebooks/04_aggregated_gradients.
     """
+    levels = _LEVELS if refine else ()
+    return _inferred(update, prior, labels, order, levels, seed)[0]
+
+
+def first_learning_rate(
+    update: SharedUpdate,
+    *,
+    prior: ImagePrior,
+    labels: Tensor | None = None,
+    order: Order | None = None,
+    seed: int = 0,
+) -> tuple[LearningRateEstimate, bool]:
+    """The rate from which a fit of images sets out that goes on refining it.
+
+    Returns:
+        The estimate, for which images were fitted only to decide between several
+        explanations, and whether it is exact.
+
+    Taught in: notebooks/04_aggregated_gradients.
+    """
+    return _inferred(update, prior, labels, order, _LEVELS[:1], seed)
+
+
+def _inferred(
+    update: SharedUpdate,
+    prior: ImagePrior | str,
+    labels: Tensor | Sequence[int] | None,
+    order: Order | None,
+    levels: Sequence[float],
+    seed: int,
+) -> tuple[LearningRateEstimate, bool]:
+    """The rate, refined with images at some levels, and whether it needs no more.
+
+    One level serves to choose, and is left out where there is no choice.
+    """
     check_seed("seed", seed)
     _check(update)
     layer = read_last_layer(update)
@@ -151,19 +190,19 @@ def infer_learning_rate(
         rivals = _by_last_layer(update, layer, labels, order, seed)
     best = rivals[0]
     settled = _steps(update) == 1 and len(rivals) == 1 and best.miss < _SURE
-    if not refine or settled:
-        return _estimate(best, best.lr, best.miss, _source(update))
+    if settled or (len(levels) < 2 and len(rivals) == 1) or not levels:
+        return _estimate(best, best.lr, best.miss, _source(update)), settled
     known = load_prior(prior, update.image_shape) if isinstance(prior, str) else prior
     fits = [_Fit(update, known, rival) for rival in rivals]
     with cpu_threads(fits[0].posterior.work):
-        for number, level in enumerate(_LEVELS):
+        for number, level in enumerate(levels):
             for fit in fits:
                 fit.descend(level)
             if number == 0:  # the prior's choice; the others cost as much again
                 fits = [min(fits, key=lambda fit: fit.lowest)]
     fit = fits[0]
     source = f"{_source(update)}, then images"
-    return _estimate(fit.rival, fit.lr, fit.misfit(), source)
+    return _estimate(fit.rival, fit.lr, fit.misfit(), source), False
 
 
 def learning_rate_profile(
@@ -242,8 +281,7 @@ def with_learning_rate(
     found = infer_learning_rate(
         update, prior=prior, labels=labels, order=order, refine=refine, seed=seed
     )
-    note = f"; learning rate {found.lr:.4g} inferred ({found.source})"
-    return found.fill(update), note
+    return found.fill(update), found.note
 
 
 # --- the last layer -----------------------------------------------------------------
@@ -516,7 +554,7 @@ _Energy = tuple[Tensor, Tensor]  # (T,), (T, size)
 
 
 class _Fit:
-    """Latents of the images and the logarithm of the rate, in one descent."""
+    """Latents of the images, descending with a rate that is fitted along."""
 
     def __init__(self, update: SharedUpdate, prior: ImagePrior, rival: _Rival):
         self.rival, self.lowest = rival, math.inf
@@ -526,47 +564,26 @@ class _Fit:
         by_adam = update.training.optimiser == "adam"
         if by_adam and like.dtype == torch.float32 and like.device.type != "mps":
             self.posterior = self.posterior.double()  # its slope is lost in float32
-        self.point = self.posterior.like.new_zeros(1, self.posterior.size + 1)
+        self.point = self.posterior.like.new_zeros(1, self.posterior.size)
 
     @property
     def lr(self) -> float:
         """The rate at the present point."""
-        return self.rival.lr * math.exp(_WIDTH * float(self.point[0, -1]))
+        return self.posterior.training.rate
 
     def descend(self, level: float) -> None:
         """Minimise the energy of images and rate at one level."""
+        there = with_free_rate(self.posterior, self.point, level, self.rival.lr)
 
         def energy(points: Tensor, _: Tensor) -> _Energy:
-            return self._energy(points, level)
+            return there.energy(points, level)
 
         self.point, self.lowest = _minimised(energy, self.point, _ITERATIONS)
+        self.posterior = with_fitted_rate(there, self.point)
 
     def misfit(self) -> float:
         """Relative distance to the update at the present point."""
-        there = self.posterior.with_rate(self.lr)
-        return float(there.misfit(self.point[:, :-1])[0].sqrt())
-
-    def _energy(self, points: Tensor, level: float) -> _Energy:
-        """Energy (1,) of a point (1, size + 1), and its slope.
-
-        Its slope by the rate is a difference of two likelihoods of the same images.
-        """
-        latents, place = points[:, :-1], float(points[0, -1])
-        energy, slope = self._at(place).energy(latents, level)
-        above, below = (
-            self._likelihood(latents, place + move, level) for move in (_STEP, -_STEP)
-        )
-        by_rate = (above - below) / (2 * _STEP) + 2 * place
-        return energy + place**2, torch.cat([slope, by_rate[:, None].to(slope)], 1)
-
-    def _at(self, place: float) -> Posterior:
-        return self.posterior.with_rate(self.rival.lr * math.exp(_WIDTH * place))
-
-    def _likelihood(self, latents: Tensor, place: float, level: float) -> Tensor:
-        there = self._at(place)
-        images, classes = there.images(latents), there.classes[None]
-        changes, _ = there.map(images, classes)
-        return there.likelihood(changes, level)[0]
+        return float(self.posterior.misfit(self.point)[0].sqrt())
 
 
 def _minimised(

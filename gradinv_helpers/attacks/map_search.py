@@ -34,6 +34,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from gradinv_helpers.attacks.free_rate import (
+    can_free_rate,
+    with_fitted_rate,
+    with_free_rate,
+)
 from gradinv_helpers.attacks.gauss_newton import (
     SOLVERS,
     GaussNewton,
@@ -42,7 +47,11 @@ from gradinv_helpers.attacks.gauss_newton import (
 )
 from gradinv_helpers.attacks.joint_separation import separate_jointly
 from gradinv_helpers.attacks.label_search import choose_labels
-from gradinv_helpers.attacks.learning_rate import with_learning_rate
+from gradinv_helpers.attacks.learning_rate import (
+    first_learning_rate,
+    infer_learning_rate,
+    rate_is_missing,
+)
 from gradinv_helpers.attacks.likelihood import Quantised
 from gradinv_helpers.attacks.optimise import Minimiser, TrialState
 from gradinv_helpers.attacks.plan import has_kinks
@@ -125,6 +134,7 @@ class MapEstimate:
         latents: Latents (N, d) of the images.
         label_shares: Class probabilities (N, K) of images that were mixed in pairs;
             ``None`` where every image has one label.
+        learning_rate: The client's learning rate, where it had to be inferred.
 
     Taught in: notebooks/04_aggregated_gradients.
     """
@@ -135,6 +145,7 @@ class MapEstimate:
     noise: float
     latents: Tensor
     label_shares: Tensor | None = None
+    learning_rate: float | None = None
 
 
 def map_estimate(
@@ -156,7 +167,8 @@ def map_estimate(
 
     Args:
         update: A gradient, or a weight change after any local training, of one client
-            or of several. A learning rate that it leaves open is inferred first.
+            or of several. A learning rate that it leaves open is inferred, and refined
+            together with the images at every level.
         prior: What is known of images: ``spectrum``, or any prior for the update's
             image shape.
         labels: True labels (N,), if the attacker is given them; inferred otherwise.
@@ -195,9 +207,15 @@ def map_estimate(
     known = load_prior(prior, shape) if isinstance(prior, str) else prior
     if tuple(known.image_shape) != tuple(shape):
         raise InputError("prior", f"images of shape {shape}", known.image_shape)
-    update, note = with_learning_rate(
-        update, prior=known, labels=labels, order=order, seed=seed
-    )
+    rate, unsure = None, False
+    if rate_is_missing(update):
+        options: dict[str, Any] = {"labels": labels, "order": order, "seed": seed}
+        if has_kinks(update.model):  # nothing after this looks at the rate
+            rate = infer_learning_rate(update, prior=known, **options)
+        else:
+            rate, exact = first_learning_rate(update, prior=known, **options)
+            unsure = not exact
+        update = rate.fill(update)
     features = None
     labels, source = choose_labels(update, known, labels)
     plain = _quiet(update) and update.training.clip_norm is None
@@ -220,11 +238,19 @@ def map_estimate(
         inferred=not source.startswith("given"),
         checkpoint=None if checkpoint is None else Path(checkpoint),
         solver=solver,
+        first_rate=rate.lr if rate is not None and unsure else None,
     )
     estimate = search.run(source)
+    if rate is None:
+        return estimate
+    if search.first_rate is not None:
+        where = f"{rate.source.split(',')[0]}, then images"
+        rate = replace(rate, lr=search.posterior.training.rate, source=where)
     images = estimate.reconstruction
     return replace(
-        estimate, reconstruction=replace(images, reason=images.reason + note)
+        estimate,
+        reconstruction=replace(images, reason=images.reason + rate.note),
+        learning_rate=rate.lr,
     )
 
 
@@ -273,11 +299,15 @@ class _Annealing:
         inferred: bool,
         checkpoint: Path | None,
         solver: str = "auto",
+        first_rate: float | None = None,
     ):
         self.posterior, self.iterations, self.restarts = posterior, iterations, restarts
         self.seed, self.on_step, self.client = seed, on_step, client
         self.by_cosine = has_kinks(posterior.model)
         self.by_replay, self.inferred = posterior.steps > 0, inferred
+        self.first_rate = None
+        if not self.by_cosine and can_free_rate(posterior):
+            self.first_rate = first_rate
         by_adam = posterior.update.training.optimiser == "adam"
         if self.by_replay and by_adam and self._can_double(posterior.like):
             # Its first step is nearly a sign, with a slope that float32 loses.
@@ -290,6 +320,7 @@ class _Annealing:
         )
         self.levels = _levels(posterior, last_level)
         self.by_newton = solver != "lbfgs" and is_sum_of_squares(posterior)
+        self.by_newton &= self.first_rate is None
         pinned = posterior.features is not None and has_sweeps(posterior)
         self.by_newton &= solver == "gauss-newton" or pinned
         self.stages: list[Stage] = []
@@ -588,12 +619,20 @@ class _Annealing:
         self, points: Tensor, level: float, flat: float, iterations: int
     ) -> tuple[Tensor, Tensor]:
         """Minimise the energy of all points (T, size) at one level."""
+        if self.first_rate is not None:
+            self.posterior = with_free_rate(
+                self.posterior, points[:1], level, self.first_rate
+            )
         energy = functools.partial(self.posterior.energy, level=level)
         solve = functools.partial(_lbfgs, energy, points)
         if len(points) == 1 and self._takes_newton(level):
             solve = functools.partial(_newton, self.posterior, points[0], level)
             return self._minimise(solve, flat, iterations, patience=_NEWTON_PATIENCE)
-        return self._minimise(solve, flat, iterations)
+        found = self._minimise(solve, flat, iterations)
+        if self.first_rate is not None:
+            lowest = found[0][found[1].argmin()]
+            self.posterior = with_fitted_rate(self.posterior, lowest[None])
+        return found
 
     def _minimise(
         self,
@@ -639,6 +678,8 @@ class _Annealing:
         facts = [self.seed, self.restarts, self.levels, self.inferred, self.by_newton]
         facts += [posterior.order, posterior.labels.tolist(), posterior.noise]
         facts += [posterior.prior.name, posterior.update.training]
+        if self.first_rate is not None:
+            facts.append("rate unknown")
         if posterior.update.encoding is not None:
             facts.append(posterior.update.encoding)
         return fingerprint(facts, posterior.targets)
@@ -660,6 +701,7 @@ class _Annealing:
             "evaluations": self.evaluations,
             "noise": posterior.noise,
             "order": _as_lists(order),
+            "rate": posterior.training.lr,
         }
         self.saved.save(tensors, facts)
 
@@ -676,6 +718,8 @@ class _Annealing:
         self.spent, self.evaluations = facts["spent"], facts["evaluations"]
         order = cast("Order", _as_tensors(facts["order"]))
         self.posterior = self.posterior.rearranged(tensors["labels"], order)
+        if self.first_rate is not None:
+            self.posterior = self.posterior.with_rate(facts["rate"])
         self.posterior.noise = facts["noise"]
         point = tensors["point"].to(self.posterior.like.device)
         self.best = point[0]

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradinv_helpers.attacks.clipping import clipped
+from gradinv_helpers.attacks.free_rate import FreeRate
 from gradinv_helpers.attacks.gradients import (
     GradientMap,
     Gradients,
@@ -105,6 +106,7 @@ class Posterior:
         self.mixed = encoding is not None and encoding.kind == "mixed"
         # Of a change: what it is divided by to become a gradient.
         rate = update.training.rate if update.kind == "delta" and not as_sent else 1.0
+        self.free_rate: FreeRate | None = None  # where the rate is an unknown, too
         self.noise = update.noise_std / rate
         self.rounding = _rounding(update, rate)
         with torch.no_grad():
@@ -289,6 +291,9 @@ class Posterior:
         """-2 log likelihood (A,) of computed updates (A, ...), and its slopes."""
         energy = gradients[0].new_zeros(len(gradients[0]), dtype=torch.float64)
         slopes = []
+        if self.free_rate is not None:
+            gradients, surprise = self.free_rate.fitted(self, gradients)
+            energy = energy + surprise
         for law, gradient, target, variance in zip(
             self.likelihoods,
             gradients,
@@ -396,6 +401,8 @@ class Posterior:
         for some in points.split(self.together):
             latents, classes = self._split(some.to(self.like))
             gradients, _ = self.map(self.prior.decode(latents), classes)
+            if self.free_rate is not None:
+                gradients, _ = self.free_rate.fitted(self, gradients)
             gaps = self.gaps(gradients)
             parts.append(squared_norm(gaps) / squared_norm(self.targets))
         return torch.cat(parts)
