@@ -220,6 +220,16 @@ class SharedUpdate:
             t.numel() * t.element_size() for t in self.tensors.values()
         )
 
+    @property
+    def is_gradient(self) -> bool:
+        """Whether the update states a gradient, by itself or by one step of SGD."""
+        if self.encoding is not None and not self.encoding.exact:
+            return False
+        if self.kind == "gradient":
+            return True
+        one_step = max(map(self.training.num_steps, self.group_sizes or ())) == 1
+        return one_step and self.training.optimiser != "adam" and not self.normalized
+
     def gradient(self) -> dict[str, Tensor]:
         """The mean gradient that the update states, where it states one exactly.
 
@@ -242,8 +252,8 @@ class SharedUpdate:
         if self.kind == "gradient":
             return dict(self.tensors)
         recipe = self.training
-        steps = max(recipe.num_steps(n) for n in self.group_sizes or ())
-        if steps > 1 or recipe.optimiser == "adam" or self.normalized:
+        if not self.is_gradient:
+            steps = max(map(recipe.num_steps, self.group_sizes or ()))
             what = "normalised change" if self.normalized else "change"
             raise InputError(
                 "update",

@@ -1093,3 +1093,16 @@ def test_trials_that_do_not_fit_together_are_taken_in_turns() -> None:
     again, slopes = problem.evaluate(points, clients)
     torch.testing.assert_close(again, loss)
     torch.testing.assert_close(slopes, gradient)
+
+
+@pytest.mark.parametrize("lr", [0.05, None])
+def test_auto_replays_the_local_steps_of_a_single_image(lr: float | None) -> None:
+    image = digits(3)
+    sent = update_of(image, sends="delta", lr=0.05, epochs=3)
+    assert not sent.is_gradient
+    recipe = dataclasses.replace(sent.training, lr=lr)
+    seen = sent.replace_tensors(sent.tensors, training=recipe)
+    found = invert(seen, iterations=6, restarts=1)
+    assert found.attack == "gaussian-map"
+    assert psnr(found, image)[0] > 35
+    assert ("inferred" in found.reason) == (lr is None)

@@ -312,6 +312,7 @@ def test_gradient_of_one_step_comes_back(optimiser: str, weight_decay: float) ->
 def test_gradient_is_returned_as_it_is() -> None:
     update = local_update(lenet(), some_images())
     gradient = update.gradient()
+    assert update.is_gradient
     assert all(gradient[name] is tensor for name, tensor in update.tensors.items())
 
 
@@ -324,8 +325,10 @@ def test_gradient_is_returned_as_it_is() -> None:
     ],
 )
 def test_other_changes_are_no_gradient(recipe: LocalTraining, what: str) -> None:
+    update = local_update(lenet(), some_images(), recipe)
+    assert not update.is_gradient
     with pytest.raises(InputError, match=f"one SGD step, got {what}"):
-        local_update(lenet(), some_images(), recipe).gradient()
+        update.gradient()
 
 
 def test_normalised_change_is_no_gradient() -> None:

@@ -101,9 +101,10 @@ def invert(
             averages draws from its posterior; ``diffusion-latent``,
             ``diffusion-posterior`` and ``gradinvdiff`` take a diffusion model for
             their prior; ``auto`` takes ``exact`` where its certificate holds,
-            otherwise ``gaussian-map`` for several samples, and the search that suits
-            the model for one. Where the update of one sample is noisy, ``auto`` ends
-            with the MAP estimate under a prior on neighbouring pixels.
+            otherwise ``gaussian-map`` for several samples or several local steps, and
+            the search that suits the model for one. Where the update of one sample is
+            noisy, ``auto`` ends with the MAP estimate under a prior on neighbouring
+            pixels.
         prior: What attacks under a prior know of images: a name or a folder for
             ``load_prior``, or a prior for the update's image shape. By default
             ``spectrum`` for ``gaussian-map``, and what comes with the package for
@@ -221,7 +222,12 @@ def invert_clients(
     sizes = [u.group_sizes for u in updates]
     if len(set(sizes)) > 1:
         raise InputError("updates", "equal numbers of samples", f"{sizes}")
-    if rate_is_missing(updates[0]) and attack != "gaussian-map":  # fits it along
+    settled = tv_weight is not None or distance is not None or optimiser is not None
+    replayed = not updates[0].is_gradient  # searches without a prior cannot do that
+    missing = rate_is_missing(updates[0])
+    if missing and replayed and attack == "auto" and not settled:
+        attack = "gaussian-map"
+    if missing and attack != "gaussian-map":  # which fits the rate along
         solve = functools.partial(
             invert_clients,
             attack=attack,
@@ -235,7 +241,6 @@ def invert_clients(
             restarts=asked["restarts"],
         )
         return _with_inferred_rates(solve, updates, labels, seed, on_step, checkpoint)
-    settled = tv_weight is not None or distance is not None or optimiser is not None
     if attack == "exact" and (distance is not None or optimiser is not None):
         raise InputError(
             "attack", "a search, where a distance or an optimiser is given", "'exact'"
@@ -259,7 +264,7 @@ def invert_clients(
     )
     several = updates[0].num_samples > 1
     encoded = updates[0].encoding is not None  # only likelihoods read messages
-    by_default = encoded or (several and not spoilt)
+    by_default = encoded or replayed or (several and not spoilt)
     falls_to_prior = attack == "auto" and by_default and not settled
     if attack in DEFAULT_PRIORS or falls_to_prior:
         name = "gaussian-map" if attack == "auto" else attack
@@ -268,7 +273,7 @@ def invert_clients(
             solved |= _by_prior(updates, open_ones, *wishes)
             return _in_order(solved, len(updates))
         except InputError:
-            if attack != "auto":
+            if attack != "auto" or replayed:
                 raise  # else a search that fits the labels, too
     plan = make_plan(
         updates,

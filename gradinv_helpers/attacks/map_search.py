@@ -375,7 +375,7 @@ class _Annealing:
             stopped=self.stopped,
             seconds=time.perf_counter() - begun,
             attack="gaussian-map",
-            reason=f"{update.num_samples} images under the prior "
+            reason=f"{_counted(update.num_samples)} under the prior "
             f"{posterior.prior.name!r}, {why}",
             label_source=label_source,
             seed=self.seed,
@@ -802,6 +802,10 @@ class _Annealing:
         misfit = math.sqrt(float(self.posterior.misfit(point[None])[0]))
         surprise = float(point.double().square().mean())
         self.stages.append(Stage(level, images, misfit, surprise, self.spent))
+
+
+def _counted(images: int) -> str:
+    return "1 image" if images == 1 else f"{images} images"
 
 
 def _lbfgs(energy: Energy, points: Tensor, inspect: Inspect) -> list[TrialState]:

@@ -410,12 +410,9 @@ class Posterior:
 
 def _steps_to_replay(update: SharedUpdate) -> int:
     """Local steps of a client whose change is not a gradient; 0 where it is one."""
-    if update.kind == "gradient":
+    if update.kind == "gradient" or update.is_gradient:
         return 0
-    recipe = update.training
-    steps = max(recipe.num_steps(size) for size in update.group_sizes or ())
-    plain = steps == 1 and recipe.optimiser != "adam" and not update.normalized
-    return 0 if plain and not _is_encoded(update) else steps
+    return max(map(update.training.num_steps, update.group_sizes or ()))
 
 
 def _is_encoded(update: SharedUpdate) -> bool:
