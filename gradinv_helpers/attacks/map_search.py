@@ -26,7 +26,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -56,8 +56,9 @@ from gradinv_helpers.attacks.likelihood import Quantised
 from gradinv_helpers.attacks.optimise import Minimiser, TrialState
 from gradinv_helpers.attacks.plan import has_kinks
 from gradinv_helpers.attacks.posterior import Posterior
+from gradinv_helpers.attacks.rearrangement import as_lists, as_tensors, rearranged
 from gradinv_helpers.attacks.reconstruction import Reconstruction, Step, TrialReport
-from gradinv_helpers.attacks.replay import Order, local_batches
+from gradinv_helpers.attacks.replay import Order
 from gradinv_helpers.attacks.saved_stages import SavedStages, fingerprint
 from gradinv_helpers.attacks.separation import Separation, separate_batch
 from gradinv_helpers.compute import cpu_threads
@@ -81,10 +82,8 @@ _STEP_SHARE = 0.03  # of the smallest step of quantised entries, likewise
 # Where a level ends with this share of the residual of the level above, or more, the
 # rest is noise: without noise it falls to a third.
 _STALLED = 0.8
-# Down to this level the order of several local steps is sought; an exchange counts if
-# it leaves this share of the squared residual, or less.
+# Down to this level the order of several local steps is sought.
 _REARRANGED = 2e-3
-_MOST_EXCHANGES, _WORTH_IT = 30, 0.9
 # Smaller residuals may be rounding, and larger ones a search that fails.
 _ROUNDING, _MOST_NOISE = 1e-4, 0.1
 _EXCHANGE_ITERATIONS = 4
@@ -275,15 +274,6 @@ def _taken_apart(
         return None
 
 
-@dataclass(frozen=True)
-class _Arrangement:
-    """Latents (N, d) and labels (N,) of the images, and the images of every step."""
-
-    latents: Tensor
-    labels: Tensor
-    order: Order
-
-
 class _Annealing:
     """One annealing: scouting, exchange, descent."""
 
@@ -434,7 +424,7 @@ class _Annealing:
             moved, energies = self._descend(point, level, flat, share)
             if self.order_unknown and level > _REARRANGED:
                 before = self.posterior
-                point = self._rearrange(moved)
+                self.posterior, point = rearranged(self.posterior, moved)
                 if self.posterior is not before:
                     moved, energies = self._descend(point, level, flat, share)
             if self._meets_noise(moved):
@@ -496,59 +486,6 @@ class _Annealing:
         wide = self._starts(self.restarts - 1, _WIDE_START)
         found, energies = self._descend(torch.cat([point, wide]), level, _FLAT, share)
         return self._exchange(found, energies, level)[None]
-
-    def _rearrange(self, point: Tensor) -> Tensor:
-        """Find which images every local step takes.
-
-        Two images are exchanged at a time, as long as the residual falls by a tenth.
-        """
-        posterior = self.posterior
-        order = posterior.order
-        if order == "averaged" and posterior.several_batches:
-            order = _in_sequence(posterior.update)
-        state = _Arrangement(
-            point.view(posterior.num_samples, -1), posterior.labels, order
-        )
-        lowest = self._residual(state)
-        for _ in range(_MOST_EXCHANGES):
-            moves = list(self._moves(state))
-            if not moves:
-                break
-            found = [self._residual(move) for move in moves]
-            if not min(found) < _WORTH_IT * lowest:
-                break
-            lowest = min(found)
-            state = moves[found.index(lowest)]
-        if _as_lists(state.order) != _as_lists(posterior.order):
-            self.posterior = posterior.rearranged(state.labels, state.order)
-        elif not torch.equal(state.labels, posterior.labels):
-            self.posterior = posterior.rearranged(state.labels, state.order)
-        return state.latents.reshape(1, -1)
-
-    def _residual(self, state: _Arrangement) -> float:
-        trial = self.posterior.rearranged(state.labels, state.order)
-        return float(trial.misfit(state.latents.reshape(1, -1))[0])
-
-    def _moves(self, state: _Arrangement) -> Iterator[_Arrangement]:
-        """Arrangements that differ in one exchange."""
-        update, count = self.posterior.update, self.posterior.num_samples
-        sizes = update.group_sizes or (count,)
-        if not isinstance(state.order, str):
-            for order in _exchanges(state.order, update):
-                yield replace(state, order=order)
-        if len(sizes) > 1:
-            owner = torch.repeat_interleave(
-                torch.arange(len(sizes)), torch.tensor(sizes)
-            )
-            for first, second in itertools.combinations(range(count), 2):
-                if owner[first] != owner[second]:
-                    places = torch.arange(count)
-                    places[first], places[second] = second, first
-                    yield replace(
-                        state,
-                        latents=state.latents[places.to(state.latents.device)],
-                        labels=state.labels[places],
-                    )
 
     def _meets_noise(self, point: Tensor) -> bool:
         """Take a residual that no longer falls with the level for noise."""
@@ -700,7 +637,7 @@ class _Annealing:
             "spent": self.spent,
             "evaluations": self.evaluations,
             "noise": posterior.noise,
-            "order": _as_lists(order),
+            "order": as_lists(order),
             "rate": posterior.training.lr,
         }
         self.saved.save(tensors, facts)
@@ -716,7 +653,7 @@ class _Annealing:
             self.stages.append(Stage(level, images, misfit, surprise, iterations))
         self.losses = facts["losses"]
         self.spent, self.evaluations = facts["spent"], facts["evaluations"]
-        order = cast("Order", _as_tensors(facts["order"]))
+        order = cast("Order", as_tensors(facts["order"]))
         self.posterior = self.posterior.rearranged(tensors["labels"], order)
         if self.first_rate is not None:
             self.posterior = self.posterior.with_rate(facts["rate"])
@@ -824,56 +761,6 @@ def _newton(
     """Gauss-Newton from a point (size,)."""
     told = functools.partial(inspect, True)
     return [GaussNewton(posterior, point, level, inspect=told).run()]
-
-
-def _in_sequence(update: SharedUpdate) -> Order:
-    """The images of every local step for clients that never shuffle."""
-    clients = [local_batches(n, update.training) for n in update.group_sizes or ()]
-    return clients if len(clients) > 1 else clients[0]
-
-
-def _exchanges(order: Order, update: SharedUpdate) -> Iterator[Order]:
-    """Orders in which two images, or two whole batches, of an epoch change places.
-
-    Exchanges within a batch change nothing.
-    """
-    sizes = update.group_sizes or ()
-    clients: list[Any] = [list(order)] if len(sizes) == 1 else [list(o) for o in order]
-    for k, batches in enumerate(clients):
-        for changed in _exchanges_of_client(batches, update.training.epochs):
-            alone = len(sizes) == 1
-            yield changed if alone else [*clients[:k], changed, *clients[k + 1 :]]
-
-
-def _exchanges_of_client(batches: list[Tensor], epochs: int) -> Iterator[list[Tensor]]:
-    steps = len(batches) // epochs
-    for a, b in itertools.combinations(range(len(batches)), 2):
-        if a // steps != b // steps:
-            continue
-        if len(batches[a]) == len(batches[b]) > 1:
-            swapped = list(batches)
-            swapped[a], swapped[b] = batches[b], batches[a]
-            yield swapped
-        for i, j in itertools.product(range(len(batches[a])), range(len(batches[b]))):
-            changed = [batch.clone() for batch in batches]
-            changed[a][i], changed[b][j] = batches[b][j], batches[a][i]
-            yield changed
-
-
-def _as_lists(order: Any) -> Any:
-    """An order without tensors, for JSON and for comparing."""
-    if isinstance(order, str):
-        return order
-    return order.tolist() if isinstance(order, Tensor) else [*map(_as_lists, order)]
-
-
-def _as_tensors(order: Any) -> Any:
-    """Batches as they were before ``_as_lists``: the innermost lists are tensors."""
-    if isinstance(order, str):
-        return order
-    if order and isinstance(order[0], int):
-        return torch.tensor(order)
-    return [_as_tensors(part) for part in order]
 
 
 def _levels(posterior: Posterior, last: float) -> list[float]:
