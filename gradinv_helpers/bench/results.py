@@ -135,11 +135,11 @@ def _is_table(value: Any) -> bool:
 def main(paths: Sequence[str]) -> None:
     """Rewrite files where they lie."""
     for path in paths:
-        try:
-            write_result(path, read_result(path))
-        except InputError as error:
-            raise SystemExit(f"{error}") from None
+        write_result(path, read_result(path))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        raise SystemExit(f"{error}") from None
